@@ -133,8 +133,10 @@ def warn_about_few_good_images(counts: Mapping[str, tuple[int, int]], false_alar
         if count < needed
     ]
     if few:
+        unused = any(count < min(good, needed) for good, count in counts.values())
         log.warning(
             f"--false-alarm-rate {false_alarm_rate:g} needs {needed} good images to calibrate on: "
-            f"{join_first(few)}. Their threshold is the largest score of a good image; give more good images (all of "
-            "them calibrate with --calibration-folds 5), or raise --false-alarm-rate"
+            f"{join_first(few)}. Their threshold is the largest score of a good image; give more good images, "
+            f"{'fit with --calibration-folds 5, so that all of them calibrate, ' if unused else ''}"
+            "or raise --false-alarm-rate"
         )

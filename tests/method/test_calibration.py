@@ -82,14 +82,14 @@ def test_warning_about_few_good_images_names_categories_and_remedies(caplog: pyt
     assert not caplog.messages
     warn_about_few_good_images({"nut": (122, 98), "screw": screw}, 0.01)
     warn_about_few_good_images({f"part-{i}": (209, 42) for i in range(1000)}, 0.01)
-    warning, many = caplog.messages
+    warn_about_few_good_images({"nut": (40, 40)}, 0.01)
+    warning, many, all_calibrate = caplog.messages
+    assert all_calibrate.endswith("give more good images, or raise --false-alarm-rate")
     assert warning.startswith(
         "--false-alarm-rate 0.01 needs 99 good images to calibrate on: nut calibrates on 98 of its 122 good "
         "images, which supports a rate of 0.010 or more."
     )
     assert "screw" not in warning
     assert "part-4 calibrates on 42 of its 209 good images, which supports a rate of 0.023 or more; and 995" in many
-    assert (
-        "give more good images (all of them calibrate with --calibration-folds 5), or raise --false-alarm-rate" in many
-    )
+    assert "give more good images, fit with --calibration-folds 5, so that all of them calibrate, or raise" in many
     assert len(many) < 750
