@@ -61,7 +61,7 @@ def near_duplicates(pixels: Pixels) -> npt.NDArray[np.int64]:
     thumbnails -= thumbnails.mean(dim=0)
     # The median of a sample: of 10,000 images there are 50 million pairs.
     typical = torch.pdist(thumbnails[np.linspace(0, len(pixels) - 1, min(len(pixels), 1000)).astype(int)]).median()
-    limit = min(_NEAR * typical, _NEAR_LEVELS * _THUMBNAIL)
+    limit = min(_NEAR * float(typical), _NEAR_LEVELS * _THUMBNAIL)
     near = [torch.cdist(thumbnails[batch], thumbnails) < limit for batch in batches]
     return torch.nonzero(torch.cat(near)).numpy()
 
