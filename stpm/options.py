@@ -22,7 +22,7 @@ _HOLDS = {"at least": operator.ge, "more than": operator.gt, "at most": operator
 
 EXCLUDE_HELP = (
     "text file (a path or URI) of good images to leave out, such as a model's fit.html saves: in each line a URI, or a "
-    "file name that one category has"
+    "file name that one of them has"
 )
 WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 

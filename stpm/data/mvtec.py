@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 
 from stpm import storage
 from stpm.data.decoding import SUFFIXES
-from stpm.errors import DataError
+from stpm.errors import DataError, join_first
 from stpm.names import is_utf8, other_form, safe_name
 
 GOOD = "good"
@@ -92,22 +92,22 @@ def exclude(categories: Sequence[Category], file: str) -> list[Category]:
     A line is the URI of an image, or its end: a file name, or `bottle/train/good/007.png`.
 
     Raises:
-        DataError: if there is no such file, or a line is the end of no image's URI, or of images of two categories.
+        DataError: if there is no such file, or a line is the end of no image's URI, or of several.
     """
     try:
-        lines = storage.read(storage.absolute(file)).decode().splitlines()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: no such text file; give one with the name of an image in each line") from error
-    owners = {uri: category.name for category in categories for uri, _ in category.train}
+        lines = storage.read(storage.absolute(file)).decode("utf-8-sig").splitlines()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: no such text file in UTF-8; give one with the name of an image a line") from error
+    uris = [uri for category in categories for uri, _ in category.train]
     excluded: set[str] = set()
     for name in filter(None, map(str.strip, lines)):
-        found = {uri for uri in owners if f"/{uri}".endswith(f"/{name}")}
-        if len(in_categories := sorted({owners[uri] for uri in found})) != 1:
-            what = f"is in {' and in '.join(in_categories)}" if found else "is no good image of the categories to fit"
+        found = [uri for uri in uris if f"/{uri}".endswith(f"/{name}")]
+        if len(found) != 1:
+            what = f"is {join_first(found)}" if found else "is no good image of the categories to fit"
             raise DataError(
                 f"{file}: {name} {what}; give the URI of a good image, or as much of its end as only it has"
             )
-        excluded |= found
+        excluded.update(found)
     kept = [tuple(image for image in category.train if image[0] not in excluded) for category in categories]
     return [dataclasses.replace(category, train=train) for category, train in zip(categories, kept, strict=True)]
 

@@ -146,7 +146,7 @@ def _read_defects(store: ModelStore, record: ModelRecord, runs: Sequence[RunOutp
         The (N,) scores, None if their recall would flatter; and what the recall holds for, or why there is none.
 
     Raises:
-        DataError: if there is no such run, or no defect has a label.
+        DataError: if there is no such run, or it is not finished, or no defect has a label.
     """
     for output in runs:
         _, models = output.state.store_and_model_ids()
@@ -158,6 +158,8 @@ def _read_defects(store: ModelStore, record: ModelRecord, runs: Sequence[RunOutp
             f"{runs[0].folder}: no run there has scored {record.category} with a model of this store that scores as "
             f"{record.model_id} does; score the labelled images with it"
         )
+    # The rows of an unfinished one are no random part.
+    output.state.result()
     category = ScoredCategory(output, record.category, record.preprocessing)
     rows = category.rows(("uri", "label", "score", "is_anomalous", "error_kind"))
     rows = rows.filter((pc.field("label") != "") & (pc.field("error_kind") == ""))

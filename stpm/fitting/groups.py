@@ -17,10 +17,11 @@ from stpm.fitting.splits import Indices, split_batches
 from stpm.method.recipe import Recipe
 
 _THUMBNAIL = 32
-_BATCH = 256
+_BATCH = 32
 # Two images are near-duplicates if they differ by less than this fraction of what two images of the category differ by,
-# in the median. Of six products, two different images differ by a tenth or more, and two files of the same one by 0.
-_NEAR = 0.05
+# in the median, and by less than one grey level, root mean square: a category may have two colours.
+# Of six products, two different images differ by a tenth and two levels or more, two files of one by half a level.
+_NEAR, _NEAR_LEVELS = 0.05, 1.0
 
 
 def group_images(names: Sequence[str], pixels: Pixels, recipe: Recipe) -> Indices:
@@ -56,9 +57,12 @@ def near_duplicates(pixels: Pixels) -> npt.NDArray[np.int64]:
     everything = np.arange(len(pixels))
     batches = split_batches(everything, _BATCH)
     thumbnails = torch.cat([_thumbnails(pixels[batch]) for batch in batches])
+    # Far from 0, rounding errors would hide copies where images hardly differ.
+    thumbnails -= thumbnails.mean(dim=0)
     # The median of a sample: of 10,000 images there are 50 million pairs.
     typical = torch.pdist(thumbnails[np.linspace(0, len(pixels) - 1, min(len(pixels), 1000)).astype(int)]).median()
-    near = [torch.cdist(thumbnails[batch], thumbnails) < _NEAR * typical for batch in batches]
+    limit = min(_NEAR * float(typical), _NEAR_LEVELS * _THUMBNAIL)
+    near = [torch.cdist(thumbnails[batch], thumbnails) < limit for batch in batches]
     return torch.nonzero(torch.cat(near)).numpy()
 
 

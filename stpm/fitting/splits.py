@@ -25,13 +25,14 @@ def split_images(groups: Indices, recipe: Recipe) -> tuple[Indices, Indices]:
     count = len(groups)
     recipe.check_image_count(count)
     parts, wanted = _shuffle(groups, recipe), recipe.held_out_count(count)
+    least, most = min(wanted, 2), max(wanted, count // 2)
     held_out: list[int] = []
     for part in parts:
-        if len(held_out) < wanted and len(held_out) + len(part) <= max(wanted, count // 2):
+        if len(held_out) < wanted and len(held_out) + len(part) <= most:
             held_out += part.tolist()
-    if wanted and not held_out:
-        held_out = min(parts, key=len).tolist()
-    if len(held_out) < min(wanted, 2):
+    if len(held_out) < least:
+        held_out = min((part.tolist() for part in parts if least <= len(part) <= most), key=len, default=held_out)
+    if len(held_out) < least:
         raise DataError(
             f"the {len(parts)} groups of good images leave only {len(held_out)} image to hold out; give more"
         )

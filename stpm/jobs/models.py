@@ -77,6 +77,10 @@ def _decide(store: ModelStore, category: str, decision: Decision | None, false_a
     """Publish the current model with a decision, or without one, and say what that changes."""
     versions = store.versions(category)
     before = store.record(category, versions.current.model_id)
+    if not (decision or before.decision):
+        # There is nothing to undo: a roll-back would go to another model.
+        _log(category, "no decision is to be taken back")
+        return
     after = dataclasses.replace(before, decision=decision, created=timestamp())
     if replaced := versions.describe_replaced(after.model_id):
         _log(category, replaced)

@@ -105,7 +105,7 @@ class ModelsOptions(Options):
 def _parse_threshold(text: str) -> tuple[str, float | None]:
     category, _, number = text.rpartition("=")
     try:
-        value = None if number in ("", "auto") else float(number)
+        value = None if number == "auto" else float(number)
     except ValueError:
         value = math.nan
     if not category or (value is not None and not math.isfinite(value)):

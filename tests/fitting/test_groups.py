@@ -34,6 +34,15 @@ def test_near_duplicates_are_of_one_group_and_join_the_groups_of_their_names(
     assert group_images(NAMES, pixels[:4], LOTS).tolist() == [0, 1, 0, 1]
 
 
+def test_images_of_two_colours_and_faint_ones_are_told_apart_and_their_copies_found(rng: np.random.Generator) -> None:
+    noise = np.kron(rng.normal(0, 5, (20, 32, 32, 3)), np.ones((1, 2, 2, 1)))
+    colours = np.concatenate([40 + noise[:10], 210 + noise[10:]]).astype(np.uint8)
+    assert len(set(group_images([""] * 20, colours, PRESETS["paper"]))) == 20
+    faint = (240 + rng.integers(0, 3, (100, 64, 64, 3))).astype(np.uint8)
+    faint[50:] = faint[:50]
+    assert group_images([""] * 100, faint, PRESETS["paper"]).tolist() == [*range(50), *range(50)]
+
+
 def test_images_that_are_all_equal_are_no_group() -> None:
     """There would be nothing to hold out."""
     assert group_images(["a", "b", "c"], np.full((3, 40, 40, 3), 7, np.uint8), PRESETS["paper"]).tolist() == [0, 1, 2]

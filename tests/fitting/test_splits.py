@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,13 @@ IMAGES = st.integers(3, 500).map(np.arange)
 
 def in_whole_groups(groups: np.ndarray, chosen: np.ndarray) -> bool:
     return not {*groups[chosen]} & {*np.delete(groups, chosen)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_group_is_held_out_where_a_single_image_is_too_few(seed: int) -> None:
+    train, held_out = split_images(np.repeat([0, 1, 2], [6, 6, 1]), dataclasses.replace(FOLDED, seed=seed))
+    assert len(train) in (6, 7)
+    assert len(held_out) in (6, 7)
 
 
 @given(IMAGES | GROUPS, st.floats(0.01, 0.99), st.integers(0, 1000))

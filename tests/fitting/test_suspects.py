@@ -123,10 +123,11 @@ def test_a_fit_that_is_repeated_has_the_same_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "left", "error"),
     [
-        (["{root}/nut/train/good/002.png", "", "  nut/train/good/004.png "], {"nut": 6, "bolt": 8}, ""),
+        (["\ufeff{root}/nut/train/good/002.png", "", "  nut/train/good/004.png "], {"nut": 6, "bolt": 10}, ""),
         (["009.png"], {}, "is no good image of the categories"),
-        (["001.png"], {}, "001.png is in bolt and in nut"),
-        (["good/007.png"], {}, "good/007.png is in bolt and in nut"),
+        (["001.png"], {}, "001.png is /.*/bolt/.*; /.*/nut/.*/001.png; give"),
+        (["good/007.png"], {}, "good/007.png is /.*/nut/train/good/007.png; give"),
+        (["a/000.png"], {}, "a/000.png is /.*/b/a/000.png; give"),
         (["nut/test/good/001.png"], {}, "is no good image of the categories"),
         (["nut/train/good/00*.png"], {}, "is no good image of the categories"),
         (None, {}, "no such text file"),
@@ -138,6 +139,8 @@ def test_a_list_leaves_out_the_images_that_it_names_and_no_others(
     root, file = f"{tmp_path}/data", tmp_path / "exclude.txt"
     for name in ("bolt", "nut"):
         make_category(root, name, good=2, defects=0)
+    for lot in ("a", "b/a"):
+        storage.publish(f"{root}/bolt/train/good/{lot}/000.png", storage.read(f"{root}/bolt/train/good/000.png"))
     if lines is not None:
         file.write_text("\n".join(lines).format(root=root))
     if error:

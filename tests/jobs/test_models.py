@@ -156,7 +156,7 @@ def test_options_that_exclude_each_other_are_refused() -> None:
         ({"threshold": ["nut=1", "nut=2"]}, "--threshold is nut=1,nut=2; give each category once"),
         *(
             ({"threshold": [text]}, f"--threshold is '{text}'; give CATEGORY=NUMBER, or CATEGORY=auto")
-            for text in ("nut=nan", "nut=-inf", "nut", "=1", "nut=high")
+            for text in ("nut=nan", "nut=-inf", "nut", "nut=", "=1", "nut=high")
         ),
         ({"cost_of_miss": 50.0, "defect_rate": 0.1}, "the least cost needs all of --cost-of-false-alarm, "),
         ({"cost_of_miss": 5.0, "cost_of_false_alarm": 1.0, "defect_rate": 0.1}, "; give all of them, or none"),
@@ -203,9 +203,11 @@ def test_a_decision_is_a_version_that_can_be_rolled_back(
     assert run(models, threshold=["nut=-0.25"], by="bob") == 0
     assert models.record("nut").model_id not in (ids[2], decided.model_id)
     assert f"it was -0.25, decided by ann on {at} because: <b>" in capsys.readouterr().out
-    for text in ("nut=", "nut=auto"):
-        assert run(models, threshold=[text]) == 0
+    for undo in (f"To undo this: {models.roll_command('nut', '--roll-back')}", "no decision is to be taken back"):
+        assert run(models, threshold=["nut=auto"]) == 0
         assert models.record("nut") == first
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("nut: "))
+        assert line.endswith(undo)
     assert run(models, "nut", roll_back=True) == 0
     assert str(models.record("nut").decision).startswith("-0.25, decided by bob on ")
     # Without the model before it, a decision is still complete.
