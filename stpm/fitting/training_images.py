@@ -97,7 +97,7 @@ class TrainingImages:
         if len(distinct) < len(self):
             problems.append(
                 f"{self._count(np.isin(np.arange(len(self)), first, invert=True))} copies of others; remove them: "
-                "those that are held out score too low, and the threshold with them"
+                "the threshold counts each as a good image of its own"
             )
         for low, what in ((brightness, "dark"), (sharpness, "blurred")):
             if (is_low := low < _LOW * np.median(low)).any():

@@ -133,8 +133,8 @@ def test_almost_black_images_and_copies_are_reported() -> None:
     copied.statistics[[3, 5, 9]] = copied.statistics[4]
     (problem,) = copied.find_problems(FIT)
     assert problem == (
-        "3 of 20 images (/good/4.png, /good/5.png, /good/9.png) are copies of others; remove them: those that are held "
-        "out score too low, and the threshold with them"
+        "3 of 20 images (/good/4.png, /good/5.png, /good/9.png) are copies of others; remove them: the threshold "
+        "counts each as a good image of its own"
     )
 
 
