@@ -14,7 +14,7 @@ TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace
 OTHER = dataclasses.replace(TASK, category="screw")
 FIT = FitRecord(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
 MEMORY_MODEL = ModelRecord(
-    "nut", TINY, make_preprocessing(64), "float32", "", "", HeatmapScale(0, 1), (), FIT, (), {}, {}, ""
+    "nut", TINY, make_preprocessing(64), "float32", "", "", HeatmapScale(0, 1), (), FIT, library_versions={}, created=""
 )
 
 

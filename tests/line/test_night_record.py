@@ -103,7 +103,8 @@ def test_a_night_expects_the_false_alarms_of_a_decided_threshold(nights: Nights)
     night = nights.add(300)
     assert night.categories["nut"].false_alarm_rate == 0.75
     assert night.categories["nut"].decision == str(nights.store.record("nut").decision)
-    assert reasons(night) == ("fine", [])
+    # Three images of four may be false alarms: a night of defects alone would hardly differ.
+    assert reasons(night) == ("cannot tell", ["alarms"])
     assert reasons(nights.add(0)) == ("fine", [])
 
 
