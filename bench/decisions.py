@@ -82,7 +82,8 @@ class Bench:
         fresh = np.concatenate([self._good, order[count:]])[:_MAX_FRESH]
         found = {}
         shuffled = rng.permutation(own)
-        held_out = np.sort(shuffled[: self.recipe.held_out_count(len(own))])
+        held_out_recipe = dataclasses.replace(self.recipe, calibration_folds=0)
+        held_out = np.sort(shuffled[: held_out_recipe.held_out_count(len(own))])
         train = np.setdiff1d(own, held_out)
         recipe = self.recipe.for_image_count(len(own))
         student = train_student(self.features, train, held_out, recipe, lambda epoch: None).student
