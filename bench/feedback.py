@@ -28,6 +28,7 @@ from stpm.data import mvtec
 from stpm.detector import load
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
+from stpm.method.calibration import threshold
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
@@ -49,7 +50,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
     nights = {night: ranks % 2 == night % 2 for night in (5, 6)}
 
     def alarms() -> npt.NDArray[np.bool_]:
-        return scores > store.load(name).calibration.threshold(rate)
+        return scores > threshold(store.load(name).calibration.scores, rate)
 
     def report(night: int, feedback: str) -> None:
         parts = {"good": nights[night] & good, "defective": nights[night] & ~good}

@@ -32,7 +32,7 @@ from torch import Tensor
 from stpm import storage
 from stpm.data import mvtec
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
+from stpm.fitting.build_memory import MemoryCandidates
 from stpm.fitting.calibrate import calibrate
 from stpm.fitting.checkpoint import Checkpoint, FitState
 from stpm.fitting.splits import Indices
@@ -98,7 +98,7 @@ def run(features: TeacherFeatures, recipe: Recipe, count: int) -> dict[str, Any]
     rng = np.random.default_rng(recipe.seed)
     order = rng.permutation(len(features.images))
     train, others = np.sort(order[:count]), np.sort(order[count:])
-    epochs = EveryEpoch(features, recipe, build_memory(features, train, recipe), others)
+    epochs = EveryEpoch(features, recipe, MemoryCandidates(features, train, recipe).banks, others)
     train_student(features, train, others[:2], recipe, lambda epoch: None, epochs)
     losses, scores = np.array(epochs.losses), np.array(epochs.scores)
     return {"others": len(others)} | {str(n): _draw(rng, losses, scores, n) for n in _CALIBRATING}

@@ -21,7 +21,7 @@ from stpm.cluster.device import assigned_device
 from stpm.data import decoding, mvtec
 from stpm.data.masks import resize_mask
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
+from stpm.fitting.build_memory import MemoryCandidates
 from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.splits import split_images
 from stpm.fitting.task import FitTask
@@ -122,7 +122,7 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     good = load_images(uris, preprocessing, _RAM_BUDGET)
     features = TeacherFeatures(teacher, good, _RAM_BUDGET, _RAM_BUDGET)
     train, held_out = split_images(np.arange(len(good)), recipe)
-    memory = build_memory(features, train, recipe)
+    memory = MemoryCandidates(features, train, recipe).banks
     trained = train_student(features, train, held_out, recipe, lambda epoch: None)
     seconds = time.perf_counter() - start
     held = [storage.read(uris[i]) for i in held_out]

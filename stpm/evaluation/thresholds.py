@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow.compute as pc
@@ -52,7 +53,7 @@ class CategoryThresholds:
     note: str = ""
     costs: Costs | None = None
 
-    @property
+    @cached_property
     def beyond(self) -> dict[float, float]:
         """The rates that the scores are too few for, by the threshold that they have if scores are log-normal."""
         n = len(self.scores)

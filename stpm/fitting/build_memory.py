@@ -84,11 +84,6 @@ class MemoryCandidates:
         return tuple(banks)
 
 
-def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> tuple[MemoryBank, ...]:
-    """Build the memory banks of training images; none if the recipe has no memory."""
-    return MemoryCandidates(features, train, recipe).banks
-
-
 def _make_specs(features: TeacherFeatures, recipe: Recipe) -> list[DescriptorSpec]:
     """Specify the descriptors of each bank: both kinds for each memory level of each view."""
     specs = []

@@ -18,8 +18,8 @@ from stpm.fitting.build_memory import MemoryCandidates
 from stpm.fitting.calibrate import calibrate
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.groups import group_images
+from stpm.fitting.outliers import PAGE, find_outliers
 from stpm.fitting.splits import Indices, split_folds, split_images
-from stpm.fitting.suspects import PAGE, find_suspects
 from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -82,7 +82,7 @@ def fit_detector(
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
     scores, heatmap_scale, distance_scales = calibrate(detector, features, parts, held_out)
     calibrating = np.sort(np.concatenate([part for _, part in parts]))
-    suspicious, page = find_suspects(features, calibrating, scores, recipe.seed)
+    suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
     if suspicious:
         report(FitWarning(suspicious))
     kept = trained.kept_epoch

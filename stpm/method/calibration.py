@@ -24,8 +24,6 @@ class Calibration:
     >>> calibration = Calibration(np.array([1, 2, 3, 4], np.float32), HeatmapScale(0.0, 1.0))
     >>> calibration.p_values(np.array([0.5, 2.5, 9.0], np.float32))
     array([1. , 0.6, 0.2], dtype=float32)
-    >>> calibration.threshold(false_alarm_rate=0.4)
-    3.0
     """
 
     scores: npt.NDArray[np.float32]
@@ -39,10 +37,6 @@ class Calibration:
         n = len(self.scores)
         at_least = n - np.searchsorted(self.scores, scores, side="left")
         return ((1 + at_least) / (n + 1)).astype(np.float32)
-
-    def threshold(self, false_alarm_rate: float) -> float:
-        """Return the threshold of the model, see `threshold`."""
-        return threshold(self.scores, false_alarm_rate)
 
 
 def threshold(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:

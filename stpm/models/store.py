@@ -11,7 +11,7 @@
 <store>/<category>/<model id>/fit.html               the good images, those unlike all others first
 <store>/<category>/<model id>/history.parquet        one row per epoch, if there is a student
 <store>/<category>/<model id>/model.json             written last; a folder without it is not a model
-<store>/<category>/checkpoint-<n>.safetensors        of an unfinished fit
+<store>/<category>/checkpoint.safetensors            of an unfinished fit
 <store>/.lease/                                      see stpm/lease.py
 <store>/.train/                                      Ray Train's files during a fit
 

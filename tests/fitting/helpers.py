@@ -9,7 +9,7 @@ import torch
 
 from stpm.data.image_statistics import COMPARED
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
+from stpm.fitting.build_memory import MemoryCandidates
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import Epoch
@@ -17,6 +17,7 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.fusion import AnomalyMap
+from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale
 
@@ -58,6 +59,10 @@ def replace_padding(features: TeacherFeatures, value: float) -> None:
 
 def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def build_memory(features: TeacherFeatures, train: Indices, recipe: Recipe) -> tuple[MemoryBank, ...]:
+    return MemoryCandidates(features, train, recipe).banks
 
 
 def fit_uncalibrated(features: TeacherFeatures, train: Indices, held_out: Indices, recipe: Recipe) -> Detector:

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from stpm.detector import Detector
-from stpm.fitting.build_memory import build_memory
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.memory_bank import MemoryBank
 from stpm.options import Integers
 from tests.conftest import MODELS
-from tests.fitting.helpers import PADDED, RAM, FeaturesOf, replace_padding, same_tensors, unpadded
+from tests.fitting.helpers import PADDED, RAM, FeaturesOf, build_memory, replace_padding, same_tensors, unpadded
 
 # Its banks hold every descriptor.
 WHOLE = dataclasses.replace(MODELS["memory"], memory=100_000)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stpm.detector import Detector
-from stpm.fitting.build_memory import MemoryCandidates, build_memory
+from stpm.fitting.build_memory import MemoryCandidates
 from stpm.fitting.calibrate import calibrate
 from stpm.fitting.splits import Indices, split_folds, split_images
 from stpm.fitting.teacher_features import TeacherFeatures
@@ -19,7 +19,16 @@ from stpm.method.calibration import Calibration
 from stpm.method.fusion import Distances
 from stpm.method.recipe import Recipe
 from tests.conftest import MODELS
-from tests.fitting.helpers import PADDED, RAM, FeaturesOf, anomaly_maps, fit_uncalibrated, select, unpadded
+from tests.fitting.helpers import (
+    PADDED,
+    RAM,
+    FeaturesOf,
+    anomaly_maps,
+    build_memory,
+    fit_uncalibrated,
+    select,
+    unpadded,
+)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -16,7 +16,7 @@ from stpm.line.significance import (
     compare_scores,
     exceedances,
 )
-from stpm.method.calibration import Calibration, threshold_rank
+from stpm.method.calibration import Calibration, threshold, threshold_rank
 from stpm.method.scales import HeatmapScale
 
 NIGHTS = 1000
@@ -69,7 +69,7 @@ def test_alarms_of_good_nights_exceed_their_calibration_as_often_as_stated(
     found = []
     for _ in range(NIGHTS):
         scores, _, fitted = conformal(rng, calibration, 200)
-        alarms = int((scores > fitted.threshold(false_alarm_rate)).sum())
+        alarms = int((scores > threshold(fitted.scores, false_alarm_rate)).sum())
         found.append(exceedances(alarms, 200, calibration, threshold_rank(calibration, false_alarm_rate)))
     for rate in (0.05, 0.01):
         assert (np.array(found) <= rate).sum() <= most(rate)

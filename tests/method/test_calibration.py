@@ -14,6 +14,7 @@ from stpm.method.calibration import (
     log_normal_limit,
     min_calibration_images,
     promised_rates,
+    threshold,
     warn_about_few_good_images,
 )
 from stpm.method.scales import HeatmapScale
@@ -36,7 +37,7 @@ def test_p_values_match_definition(calibration: list[float], scores: list[float]
 def test_score_exceeds_threshold_iff_p_value_within_rate(calibration: list[float], score: float, rate: float) -> None:
     found = calibrate(calibration)
     supported = max(rate, 1 / (len(calibration) + 1))
-    above = score > found.threshold(rate)
+    above = score > threshold(found.scores, rate)
     p = found.p_values(np.array([score], np.float32)).astype(np.float64)[0]
     assert above == (p <= supported + 1e-6)
 
@@ -45,7 +46,7 @@ def test_score_exceeds_threshold_iff_p_value_within_rate(calibration: list[float
 def test_threshold_keeps_false_alarm_rate_for_each_left_out_score(values: list[float], rate: float) -> None:
     """Exchangeable: each of n + 1 scores is as likely to be the new one. So at most this rate of them may alarm."""
     scores = np.array(values, np.float32)
-    alarms = sum(scores[i] > calibrate(np.delete(scores, i)).threshold(rate) for i in range(len(scores)))
+    alarms = sum(scores[i] > threshold(np.sort(np.delete(scores, i)), rate) for i in range(len(scores)))
     assert alarms <= max(rate * len(scores) + 1e-6, 1)
 
 

@@ -17,7 +17,7 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.method.calibration import threshold
 from stpm.method.fusion import Float32Array
 from stpm.method.memory_bank import DescriptorSpec, strided_shape
-from stpm.method.suspects import lies_far, neighbour_distances, score_images
+from stpm.method.outliers import lies_far, neighbour_distances, score_images
 from stpm.pages import render
 
 PAGE = "fit.html"
@@ -31,7 +31,7 @@ _PICTURE, _RADIUS = 240, 24
 _RATE = 0.01
 
 
-def find_suspects(
+def find_outliers(
     features: TeacherFeatures, calibrating: Indices, calibration_scores: Float32Array, seed: int
 ) -> tuple[str, bytes]:
     """Find the good images that lie far from all others.

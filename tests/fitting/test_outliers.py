@@ -15,7 +15,7 @@ from stpm.data import mvtec
 from stpm.errors import ConfigError, DataError
 from stpm.fitting.fit_categories import read_categories
 from stpm.fitting.options import FitOptions
-from stpm.fitting.suspects import find_suspects
+from stpm.fitting.outliers import find_outliers
 from stpm.fitting.task import FitTask, FitWarning
 from stpm.method.calibration import threshold
 from stpm.method.recipe import Recipe
@@ -92,7 +92,7 @@ def test_scores_ignore_padding_and_thresholds_are_those_of_the_other_images(
     images = dataclasses.replace(unpadded(pixels), content=np.concatenate([PADDED, PADDED[:3]]))
     images.statistics[:, :2] = 64
     calibrating, scores = np.array([1, 5, 9]), np.array([2.0, 9.0, 4.0], np.float32)
-    warning, page = find_suspects(features_of(MODELS["memory"], images, ram), calibrating, scores, 0)
+    warning, page = find_outliers(features_of(MODELS["memory"], images, ram), calibrating, scores, 0)
     assert re.search(r"unlike all others: /good/5.png .* would be about 4, not 9. If one has a defect", warning)
     order = [int(Path(str(values["alt"])).stem) for name, values in Tags(page.decode()).found if name == "img"]
     assert sorted(order) == list(range(12))
@@ -101,7 +101,7 @@ def test_scores_ignore_padding_and_thresholds_are_those_of_the_other_images(
         rest = [score for i, score in zip(calibrating, scores, strict=True) if i not in order[:count]]
         assert text == (f"{threshold(np.sort(np.array(rest, np.float32)), 0.01):.3g}" if rest else "none")
     # Where it alone calibrates, nothing is known without it.
-    assert "threshold" not in find_suspects(features_of(MODELS["memory"], images, ram), np.array([5]), scores[:1], 0)[0]
+    assert "threshold" not in find_outliers(features_of(MODELS["memory"], images, ram), np.array([5]), scores[:1], 0)[0]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("student", 2), ("memory", 3), ("two views", 3)])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stpm.method import suspects
-from stpm.method.suspects import lies_far, neighbour_distances, score_images
+from stpm.method import outliers
+from stpm.method.outliers import lies_far, neighbour_distances, score_images
 
 
 def plain(
@@ -38,7 +38,7 @@ def draw(rng: np.random.Generator, count: int, positions: int = 5) -> torch.Tens
 def test_distances_are_those_of_a_plain_computation(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, count: int, neighbour: int, queries: int
 ) -> None:
-    monkeypatch.setattr(suspects, "_QUERIES", queries)
+    monkeypatch.setattr(outliers, "_QUERIES", queries)
     descriptors = draw(rng, count)
     valid = rng.random((count, 5)) < 0.6
     valid[:, 2] = True
@@ -55,7 +55,7 @@ def test_distances_are_those_of_a_plain_computation(
 def test_many_images_are_compared_with_some_that_the_seed_chooses(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suspects, "_MAX_REFERENCES", 5 * 30)
+    monkeypatch.setattr(outliers, "_MAX_REFERENCES", 5 * 30)
     descriptors, valid = draw(rng, 60), torch.ones(60, 5, dtype=torch.bool)
     found = [neighbour_distances(descriptors, valid, seed) for seed in (1, 1, 2)]
     assert torch.equal(found[0], found[1])

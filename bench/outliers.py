@@ -1,6 +1,6 @@
 """Mix real defects into the good images of products, and count how many of them a fit would name first.
 
-    python bench/suspects.py --data DATA
+    python bench/outliers.py --data DATA
 
 Prints, for 1, 5 and 10 % of test defects among the good training images, the share of them that is in the first places,
 as many places as there are defects / twice as many, by the distance to the k-th nearest image in the coarsest level of
@@ -24,8 +24,8 @@ from stpm.data import mvtec
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method.memory_bank import DescriptorSpec
+from stpm.method.outliers import lies_far, neighbour_distances, score_images
 from stpm.method.recipe import PRESETS, Recipe
-from stpm.method.suspects import lies_far, neighbour_distances, score_images
 
 _RAM_BUDGET = 4 * 2**30
 _SHARES = (0.01, 0.05, 0.1)
