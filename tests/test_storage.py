@@ -234,7 +234,7 @@ def test_retries_end_and_a_clients_own_error_becomes_an_oserror(
     ask: Callable[[str], object], flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     down = Mock(side_effect=client_error("EndpointConnectionError", "Could not connect to the endpoint URL"))
-    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.05)
+    monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.5)
     for name in ("cat_file", "exists", "find", "ls", "info", "isfile"):
         monkeypatch.setattr(Flaky, name, down)
     with pytest.raises(OSError, match=r"^flaky://x.*: EndpointConnectionError: Could not connect"):

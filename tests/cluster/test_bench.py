@@ -15,7 +15,8 @@ from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-# The job's images per CPU second, of the loop's. Other work on the machine changes the ratio of wall times far more.
+# The job's images per CPU second, of the loop's. Other work on the machine changes the ratio of wall times far more, but
+# this one too: on a core that it shares, a process takes up to a quarter longer for the same work.
 STATED = 0.65
 IMAGES = 800
 
@@ -36,4 +37,4 @@ def test_scoring_is_as_near_to_its_limit_as_stated(tmp_path: Path) -> None:
     measured = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"section"')]
     assert {each["section"] for each in measured} == {"score", "first"}
     (scoring,) = (each for each in measured if each["unit"] == "images per CPU second")
-    assert scoring["job"] / scoring["limit"] >= 0.75 * STATED
+    assert scoring["job"] / scoring["limit"] >= 0.6 * STATED

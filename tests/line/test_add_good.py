@@ -16,7 +16,7 @@ from stpm.errors import DataError
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
 from stpm.jobs.models import run_models
-from stpm.method.calibration import Calibration
+from stpm.method.calibration import Calibration, threshold
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
@@ -106,9 +106,8 @@ def test_added_images_calibrate_as_scoring_scores_them(
     np.testing.assert_array_equal(held_out["score"].to_numpy(), old.scores)
     assert plant.store.load("nut", before.model_id).record == before
     # The report compares the two models by numbers that anyone can count.
-    counts = [
-        (float(c.threshold(RATE)), *((s > c.threshold(RATE)).sum() for s in (old.scores, expected))) for c in (old, new)
-    ]
+    thresholds = [threshold(calibration.scores, RATE) for calibration in (old, new)]
+    counts = [(limit, *((s > limit).sum() for s in (old.scores, expected))) for limit in thresholds]
     (was, was_out, was_added), (now, now_out, now_added) = counts
     n, text = len(old.scores), caplog.text
     assert (
@@ -218,7 +217,7 @@ def test_a_high_score_among_the_added_is_pointed_out(student: Plant, caplog: pyt
     defects = [str(path) for path in sorted(Path(f"{student.root}/nights/nut/test/square").iterdir())]
     scores = student.scores(defects)
     defect = defects[scores.argmax()]
-    assert scores.max() > student.calibration().threshold(RATE)
+    assert scores.max() > threshold(student.calibration().scores, RATE)
     assert student.add([defect]) == 0
     assert f"look again at the added images that scored highest: {defect} (" in caplog.text
 
