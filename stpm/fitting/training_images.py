@@ -20,13 +20,14 @@ from stpm.data import decoding, pictures
 from stpm.data.decoding import Fetched, Pixels
 from stpm.data.image_statistics import COMPARED
 from stpm.data.pictures import Picture
+from stpm.data.rois import read_roi
 from stpm.errors import ConfigError, DataError, ImageError, join_first
 from stpm.method.backbones import describe_levels, resolve_data_config
 from stpm.method.preprocessing import (
     IMAGENET,
     SIDE_MULTIPLE,
     UNSCALED,
-    Boxes,
+    Content,
     DataConfig,
     Preprocessing,
     choose_coarse_shape,
@@ -52,14 +53,14 @@ class TrainingImages:
 
     Args:
         pixels: (N, H, W, 3) uint8 RGB, in memory or in a file.
-        content: (N, 4) int32 content boxes.
+        content: where they lie in the pixels, and which part of them is inspected.
         statistics: (N, len(COMPARED)) float32 of the images' own pixels, in the order of COMPARED.
         modes: Pillow's name of the kind of pixels of each image's file.
         names: of each image.
     """
 
     pixels: Pixels
-    content: Boxes
+    content: Content
     statistics: npt.NDArray[np.float32]
     modes: tuple[str, ...]
     names: tuple[str, ...]
@@ -75,6 +76,15 @@ class TrainingImages:
     @property
     def on_disk(self) -> bool:
         return isinstance(self.pixels, np.memmap)
+
+    def count_pixels(self, images: npt.NDArray[np.int64]) -> int:
+        """Count the inspected pixels of some images, at model size."""
+        left, top, right, bottom = self.content.boxes[images].astype(np.int64).T
+        counts = (right - left) * (bottom - top)
+        for i, image in enumerate(images if self.content.inspected else ()):
+            if inspected := self.content.inspected[image]:
+                counts[i] = np.unpackbits(np.frombuffer(inspected, np.uint8)).sum()
+        return int(counts.sum())
 
     def scale_range(self, preprocessing: Preprocessing) -> tuple[float, float]:
         """Return the smallest and the largest scale at which a model sees the images; 1 is their own size."""
@@ -161,31 +171,40 @@ def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:
     return sizes
 
 
-def load_images(training: Sequence[Picture], preprocessing: Preprocessing, budget: int) -> TrainingImages:
+def load_images(
+    training: Sequence[Picture], preprocessing: Preprocessing, budget: int, rois: Mapping[str, str] | None = None
+) -> TrainingImages:
     """Decode images: into memory if their pixels fit a budget of bytes, else into a file.
+
+    `rois` are the URIs of masks, by those of the images that have a region of interest of their own.
 
     Raises:
         DataError: if files cannot be read. To fit on the others would hide that images are missing.
     """
     shape = (len(training), *preprocessing.input_shape, 3)
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
-    content = np.empty((len(training), 4), np.int32)
+    boxes = np.empty((len(training), 4), np.int32)
+    inspected = [b""] * len(training)
     statistics = np.empty((len(training), len(COMPARED)), np.float32)
     modes = [""] * len(training)
     one_large_image = Lock()
 
     def decode(index: int, fetched: Fetched) -> None:
+        own = (rois or {}).get(pictures.name_of(training[index]))
+        roi = read_roi(own) if own else None
         is_large = math.prod(decoding.read_size(fetched)) > decoding.MAX_PIXELS // (_READERS // 2)
         with one_large_image if is_large else nullcontext():
-            decoded = decoding.decode(fetched, preprocessing)
+            decoded = decoding.decode(fetched, preprocessing, roi)
         pixels[index] = decoded.pixels
-        content[index] = preprocessing.content_box(decoded.width, decoded.height)
+        boxes[index] = preprocessing.content_box(decoded.width, decoded.height)
+        inspected[index] = decoded.inspected
         statistics[index] = decoded.width, decoded.height, *decoded.statistics
         modes[index] = decoded.mode
 
     if errors := _read_all(training, decode):
         raise _unreadable(errors, len(training))
     names = [pictures.name_of(picture) or f"image {i}" for i, picture in enumerate(training)]
+    content = Content(boxes, inspected)
     return TrainingImages(pixels, content, statistics, tuple(modes), tuple(names))
 
 

@@ -15,8 +15,8 @@ from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-# The job's images per CPU second, of the loop's. Other work on the machine changes the ratio of wall times far more, but
-# this one too: on a core that it shares, a process takes up to a quarter longer for the same work.
+# The job's images per CPU second, of the loop's. Other work on the machine changes the ratio of wall times far more,
+# but this one too: on a core that it shares, a process takes up to a quarter longer for the same work.
 STATED = 0.65
 IMAGES = 800
 
