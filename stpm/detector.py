@@ -302,7 +302,7 @@ class Detector:
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
         calibration = self.calibration
-        preprocessing = self.teacher.preprocessing
+        preprocessing = self.preprocessing
         content = preprocessing.content(sizes, inspected)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
         scores = [each.scores(self.recipe.top_fraction) for each in maps]

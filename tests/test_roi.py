@@ -47,6 +47,7 @@ SHAPE = (48, 40)
 # The defects of `make_category` are in rows 10 to 26 and columns 8 to 24: half of each is inspected.
 MASK = np.zeros(SHAPE, bool)
 MASK[4:18, 6:34] = True
+MASK[:9, 20:34] = False
 
 
 def put_roi(root: Path, mask: np.ndarray = MASK, path: str = "roi.png") -> None:

@@ -96,7 +96,7 @@ def fit(
     digest = storage.digest(serialise(weights))
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
-    spec = TeacherSpec.to_fit(recipe, digest, preprocessing_for(recipe, listed), device, arithmetic)
+    spec = TeacherSpec.to_fit(recipe, digest, preprocessing_for(recipe, listed, region), device, arithmetic)
     epochs = 0 if recipe.student == "none" else recipe.epochs
     with tqdm(total=epochs + 1, desc="fit", disable=not progress) as bar:
 

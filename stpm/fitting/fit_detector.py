@@ -82,7 +82,7 @@ def fit_detector(
     features = _load(teacher, preprocessing, images, rois or {}, report, ram, gpu_ram)
     groups = group_images([pictures.name_of(image) for image in images], features.images.pixels, recipe)
     train, held_out = split_images(groups, recipe)
-    for problem in features.images.find_problems(preprocessing):
+    for problem in features.images.find_problems():
         report(FitWarning(problem))
     memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoint)
@@ -174,7 +174,7 @@ def _load(
     images = load_images(pictures, preprocessing, ram, rois)
     seconds = time.perf_counter() - started
     features = TeacherFeatures(teacher, images, ram, gpu_ram)
-    smallest, largest = (f"{scale:.0%}" for scale in images.scale_range(teacher.preprocessing))
+    smallest, largest = (f"{scale:.0%}" for scale in images.scale_range())
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); input "

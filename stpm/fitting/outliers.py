@@ -70,7 +70,7 @@ def find_outliers(
         calibrating=len(calibrating),
         threshold=without(0),
         sizes=join_first([f"{size} ({count})" for size, count in sizes.most_common()], separator=", "),
-        problems=images.find_problems(features.teacher.preprocessing),
+        problems=images.find_problems(),
     ).encode()
     if not far:
         return "", page

@@ -34,6 +34,7 @@ from stpm.method.preprocessing import (
     choose_input_shape,
 )
 from stpm.method.recipe import Recipe
+from stpm.method.roi import Roi
 
 _READERS = 8
 _MAX_HEADERS_READ = 32
@@ -57,6 +58,7 @@ class TrainingImages:
         statistics: (N, len(COMPARED)) float32 of the images' own pixels, in the order of COMPARED.
         modes: Pillow's name of the kind of pixels of each image's file.
         names: of each image.
+        preprocessing: with which they were decoded.
     """
 
     pixels: Pixels
@@ -64,6 +66,7 @@ class TrainingImages:
     statistics: npt.NDArray[np.float32]
     modes: tuple[str, ...]
     names: tuple[str, ...]
+    preprocessing: Preprocessing
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -86,13 +89,15 @@ class TrainingImages:
                 counts[i] = np.unpackbits(np.frombuffer(inspected, np.uint8)).sum()
         return int(counts.sum())
 
-    def scale_range(self, preprocessing: Preprocessing) -> tuple[float, float]:
+    def scale_range(self) -> tuple[float, float]:
         """Return the smallest and the largest scale at which a model sees the images; 1 is their own size."""
-        scales = [preprocessing.scale(*size) for size in np.unique(self.statistics[:, :2].astype(int), axis=0).tolist()]
+        scales = [
+            self.preprocessing.scale(*size) for size in np.unique(self.statistics[:, :2].astype(int), axis=0).tolist()
+        ]
         return min(scales), max(scales)
 
-    def find_problems(self, preprocessing: Preprocessing) -> list[str]:
-        """Describe what would make a model with this preprocessing worse than its scores say; [] if nothing would."""
+    def find_problems(self) -> list[str]:
+        """Describe what would make a model of these images worse than its scores say; [] if nothing would."""
         problems = []
         brightness, contrast, sharpness = (
             self.statistics[:, COMPARED.index(name)] for name in ("brightness", "contrast", "sharpness")
@@ -120,7 +125,7 @@ class TrainingImages:
                 f"{self._count(np.array(self.modes) != mode[0])} of another kind of pixels "
                 f"({', '.join(kind for kind, _ in others)}; most are {mode[0]}); save all alike"
             )
-        smallest, largest = self.scale_range(preprocessing)
+        smallest, largest = self.scale_range()
         if largest > _MIXED_SCALES * smallest:
             problems.append(
                 f"the images have different sizes or proportions: the model sees them at {smallest:.0%} to "
@@ -145,8 +150,10 @@ def choose_normalisation(recipe: Recipe) -> DataConfig:
     return IMAGENET if recipe.normalisation == "imagenet" else UNSCALED
 
 
-def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocessing:
-    """Return a recipe's preprocessing of these training images. For the size `auto`, read the headers of some.
+def preprocessing_for(recipe: Recipe, training: Sequence[Picture], roi: Roi | None = None) -> Preprocessing:
+    """Return a recipe's preprocessing of these training images, of which a region of interest may be all that counts.
+
+    For the size `auto` without a region, read the headers of some.
 
     Raises:
         ConfigError: if the teacher is unknown, or cannot take the size.
@@ -154,11 +161,15 @@ def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocess
     """
     config = choose_normalisation(recipe)
     multiple = describe_levels(recipe.teacher, tuple(recipe.levels)).side_multiple
-    shape = recipe.size.sides or choose_input_shape(_read_some_sizes(training), recipe.pixels, multiple)
+    shape = recipe.size.sides
+    if not shape:
+        left, top, right, bottom = roi.box if roi else (0, 0, 0, 0)
+        sizes = [(right - left, bottom - top)] if roi else _read_some_sizes(training)
+        shape = choose_input_shape(sizes, recipe.pixels, multiple)
     if multiple != SIDE_MULTIPLE and any(side % multiple for side in shape):
         raise ConfigError(f"--size is {recipe.size}; {recipe.teacher} needs multiples of {multiple} pixels, or auto")
     coarse = choose_coarse_shape(shape, recipe.coarse_pixels, multiple) if recipe.max_views > 1 else None
-    return Preprocessing(*shape, recipe.resize, config.interpolation, config.mean, config.std, coarse)
+    return Preprocessing(*shape, recipe.resize, config.interpolation, config.mean, config.std, coarse, roi)
 
 
 def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:
@@ -205,7 +216,7 @@ def load_images(
         raise _unreadable(errors, len(training))
     names = [pictures.name_of(picture) or f"image {i}" for i, picture in enumerate(training)]
     content = Content(boxes, inspected)
-    return TrainingImages(pixels, content, statistics, tuple(modes), tuple(names))
+    return TrainingImages(pixels, content, statistics, tuple(modes), tuple(names), preprocessing)
 
 
 def _read_all(training: Sequence[Picture], use: Callable[[int, Fetched], None]) -> dict[str, Exception]:

@@ -142,12 +142,17 @@ class Preprocessing:
         return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2).float(), 1 / (255 * std))
 
     def source_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Return the part of an image of this size that the model sees, in the image's pixels."""
+        """Return the part of an image of this size that the model sees, in the image's pixels.
+
+        It is the box around the region of interest, or the whole image, which `crop` makes narrower or lower.
+        """
+        x, y, right, bottom = self.roi.box if self.roi else (0, 0, width, height)
+        width, height = right - x, bottom - y
         if self.resize != "crop":
-            return 0.0, 0.0, float(width), float(height)
+            return float(x), float(y), float(right), float(bottom)
         across = min(width, height * self.width / self.height)
         down = min(height, width * self.height / self.width)
-        left, top = (width - across) / 2, (height - down) / 2
+        left, top = x + (width - across) / 2, y + (height - down) / 2
         return left, top, left + across, top + down
 
     def seen_box(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -157,13 +162,15 @@ class Preprocessing:
 
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Return where the source box lies in the input: everywhere, unless `fit` pads. The box is never empty."""
-        distortion = (width / height) / (self.width / self.height)
+        left, top, right, bottom = self.source_box(width, height)
+        across, down = right - left, bottom - top
+        distortion = (across / down) / (self.width / self.height)
         if self.resize != "fit" or 1 / _SAME_ASPECT <= distortion <= _SAME_ASPECT:
             return 0, 0, self.width, self.height
-        scale = min(self.width / width, self.height / height)
-        across, down = max(round(width * scale), 1), max(round(height * scale), 1)
-        left, top = (self.width - across) // 2, (self.height - down) // 2
-        return left, top, left + across, top + down
+        scale = min(self.width / across, self.height / down)
+        columns, rows = max(round(across * scale), 1), max(round(down * scale), 1)
+        x, y = (self.width - columns) // 2, (self.height - rows) // 2
+        return x, y, x + columns, y + rows
 
     def scale(self, width: int, height: int) -> float:
         """Return the input's pixels over an image's own, along the side that is shrunk more."""

@@ -69,6 +69,12 @@ class Roi:
         return cls.of_mask(np.asarray(drawn))
 
     @cached_property
+    def box(self) -> tuple[int, int, int, int]:
+        """Return left, top, right and bottom of the inspected pixels, right and bottom exclusive."""
+        rows, columns = (np.flatnonzero(self.mask.any(axis=axis)) for axis in (1, 0))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+    @cached_property
     def mask(self) -> Mask:
         """Return the (height, width) bool mask, true at inspected pixels."""
         packed = np.frombuffer(zlib.decompress(base64.b64decode(self.bits)), np.uint8)

@@ -173,7 +173,7 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
     inspected = ~np.isnan(scores)
     if not inspected.all():
         masks = [mask & ~np.isnan(anomaly_map) for anomaly_map, mask in zip(maps, masks, strict=True)]
-    weights, regions = zip(*map(_region_weights, masks), strict=True) if masks else ((), ())
+    weights, regions = zip(*map(_region_weights, masks), strict=True) if len(masks) > 0 else ((), ())
     defect = _joined(masks, np.bool_)
     sums = np.stack([~defect, defect, _joined(weights, np.float64)])[:, inspected]
     return PixelCounts(_ordered_bits(scores[inspected]), sums, sum(regions), max_keys=max_keys)._merged()
