@@ -117,7 +117,8 @@ def test_a_defect_outside_is_not_found_and_one_inside_is(tmp_path: Path) -> None
 def test_an_image_has_a_region_of_its_own(tmp_path: Path) -> None:
     make_category(str(tmp_path / "data"), "nut", train=8, good=1, defects=2)
     own = np.zeros(SHAPE, bool)
-    own[30:, :20] = True
+    # Inside of the box around the other.
+    own[9:16, 6:16] = True
     put_roi(tmp_path)
     for path in ("train/good/003", "test/square/001"):
         put_roi(tmp_path, own, f"roi/{path}.png")
@@ -286,17 +287,18 @@ def test_scores_of_a_map_are_those_of_its_inspected_pixels(seed: int, share: flo
 def test_pictures_for_people_are_paler_outside() -> None:
     pixels = np.full((*SHAPE, 3), 100, np.uint8)
     preprocessing = dataclasses.replace(make_preprocessing(64), roi=Roi.of_mask(MASK))
-    shown = decode_picture(encode_image(pixels), preprocessing, 40, 48)
-    assert shown[10, 20].tolist() == [100] * 3
-    assert shown[40, 20].tolist() == [208] * 3
+    shown = decode_picture(encode_image(pixels), preprocessing, 14, 28)
+    # The box around the region, of 28 x 14 pixels.
+    assert shown[10, 4].tolist() == [100] * 3
+    assert shown[1, 24].tolist() == [208] * 3
 
 
 def test_polygons_and_files_are_read_alike(tmp_path: Path) -> None:
     image, file = tmp_path / "image.png", tmp_path / "mask.png"
     image.write_bytes(encode_image(np.zeros((*SHAPE, 3), np.uint8)))
     file.write_bytes(encode_image(MASK.astype(np.uint8) * 255))
-    drawn = parse_roi("6,4 33,4 33,17 6,17", str(image))
+    drawn = parse_roi("6,4 19,4 19,9 33,9 33,17 6,17", str(image))
     assert drawn == parse_roi(str(file), str(image))
-    two = parse_roi("6,4 33,4 33,17 6,17; 0,40 5,40 5,47", str(image)).mask
+    two = parse_roi("6,4 19,4 19,9 33,9 33,17 6,17; 0,40 5,40 5,47", str(image)).mask
     assert (two[:20] == MASK[:20]).all()
     assert two[40, 2]
