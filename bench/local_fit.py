@@ -33,7 +33,7 @@ from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict
 from stpm.method.device import device_capabilities
 from stpm.method.fusion import Distances, Float32Array, sample_distances
-from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.scales import fit_scales
 from stpm.method.teacher import Teacher
@@ -133,10 +133,10 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class ComparedImages:
-    """Distance maps of some images for each part of a model, with their content boxes, labels and ground truth."""
+    """Distance maps of some images for each part of a model, with their content, labels and ground truth."""
 
     distances: Distances
-    content: Boxes
+    content: Content
     is_defect: Mask
     truth: list[Mask]
 
@@ -147,15 +147,16 @@ def compare(detector: Detector, files: Sequence[tuple[bytes, Mask | None]]) -> C
     results, boxes, truth = [], [], []
     for start in range(0, len(files), _BATCH):
         decoded = [decoding.decode(data, teacher.preprocessing) for data, _ in files[start : start + _BATCH]]
-        content = teacher.preprocessing.content_boxes((each.width, each.height) for each in decoded)
+        content = teacher.preprocessing.content((each.width, each.height) for each in decoded)
         inputs = teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
         results.append(detector.distances(inputs, content))
-        boxes.append(content)
-    for (_, mask), (left, top, right, bottom) in zip(files, np.concatenate(boxes).tolist(), strict=True):
+        boxes.append(content.boxes)
+    content = Content(np.concatenate(boxes))
+    for (_, mask), (left, top, right, bottom) in zip(files, content.boxes.tolist(), strict=True):
         empty = np.zeros((bottom - top, right - left), bool)
         truth.append(empty if mask is None else resize_mask(mask, teacher.preprocessing))
     is_defect = np.array([mask.any() for mask in truth])
-    return ComparedImages(concatenate(results), np.concatenate(boxes), is_defect, truth)
+    return ComparedImages(concatenate(results), content, is_defect, truth)
 
 
 def concatenate(batches: Sequence[Distances]) -> Distances:

@@ -42,8 +42,9 @@ from stpm.method.fusion import (
 )
 from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
-from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Precision, Recipe
+from stpm.method.roi import Roi
 from stpm.method.scales import DistanceScale, Floats
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
 from stpm.method.views import View, choose_views, levels_of_teacher
@@ -98,7 +99,8 @@ class TeacherSpec:
         backend: Backend,
     ) -> TeacherSpec:
         levels, views = levels_of_teacher(recipe), choose_views(recipe, preprocessing)
-        return cls(recipe.teacher, levels, digest, preprocessing, views, precision, device, backend)
+        shared = dataclasses.replace(preprocessing, roi=None)
+        return cls(recipe.teacher, levels, digest, shared, views, precision, device, backend)
 
 
 # Each lives as long as a detector that uses it.
@@ -134,6 +136,7 @@ class Detector:
         teacher: the frozen teacher, with the preprocessing.
         student: the student in eval mode; None if the recipe has none.
         memory: the memory banks; empty if the recipe has none.
+        roi: the part of the images that is inspected; None: all of what the teacher sees.
         distance_scales: scale of each distance map, in the order of `Distances.maps`, and then of each of two views'
             maps; only fusion by quantiles has any.
         calibration: scores of good images; None: not calibrated yet, so that it gives distances and maps alone.
@@ -146,6 +149,7 @@ class Detector:
     recipe: Recipe
     student: FeatureExtractor | None
     memory: tuple[MemoryBank, ...]
+    roi: Roi | None = None
     distance_scales: tuple[DistanceScale, ...] = ()
     calibration: Calibration | None = None
     model_record: ModelRecord | None = None
@@ -177,10 +181,16 @@ class Detector:
         record = model.record
         return dataclasses.replace(
             cls.assemble(teacher, record.recipe, model.student, model.memory, f"the student of {record.model_id}"),
+            roi=record.preprocessing.roi,
             distance_scales=record.distance_scales,
             calibration=model.calibration,
             model_record=record,
         )
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """Return how an image becomes an input, and which part of it is inspected."""
+        return dataclasses.replace(self.teacher.preprocessing, roi=self.roi)
 
     @property
     def record(self) -> ModelRecord:
@@ -262,7 +272,8 @@ class Detector:
                 sizes = [(each.width, each.height) for each in decoded]
                 with _no_memory_as_model_error(), torch.inference_mode():
                     inputs = self.teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
-                    scored = iter(self.score_inputs(inputs, sizes, false_alarm_rate))
+                    inspected = [each.inspected for each in decoded]
+                    scored = iter(self.score_inputs(inputs, sizes, false_alarm_rate, inspected=inspected))
             for image, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, ImageError):
                     yield Result(picture=image, error=outcome)
@@ -271,7 +282,7 @@ class Detector:
 
     def _decode(self, image: Picture) -> Decoded | ImageError:
         try:
-            return decode(pictures.fetch(image), self.teacher.preprocessing)
+            return decode(pictures.fetch(image), self.preprocessing)
         except ImageError as error:
             name = pictures.name_of(image)
             return ImageError(error.kind, f"{name}: {error}" if name else str(error))
@@ -282,13 +293,17 @@ class Detector:
         sizes: Sequence[tuple[int, int]],
         false_alarm_rate: float,
         features: Sequence[Tensor] = (),
+        inspected: Sequence[bytes] = (),
     ) -> list[Result]:
-        """Score one batch of images with these sizes (width, height), given as `distances` has them."""
+        """Score one batch of images with these sizes (width, height), given as `distances` has them.
+
+        `inspected` is as in `stpm.method.preprocessing.Content`.
+        """
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
         calibration = self.calibration
-        preprocessing = self.teacher.preprocessing
-        content = preprocessing.content_boxes(sizes)
+        preprocessing = self.preprocessing
+        content = preprocessing.content(sizes, inspected)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
         scores = [each.scores(self.recipe.top_fraction) for each in maps]
         totals = np.array([total for total, *_ in scores], np.float32)
@@ -298,8 +313,7 @@ class Detector:
         for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
             sizes, maps, totals, scores, p_values, strict=True
         ):
-            values = anomaly_map.total
-            y, x = divmod(int(values.argmax()), values.shape[1])
+            y, x = anomaly_map.peak
             fine, coarse, *_ = (*of_views, None, None)
             results.append(
                 Result(
@@ -310,10 +324,10 @@ class Detector:
                     is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
-                    area=float((values > threshold).mean()),
+                    area=float((anomaly_map.values > threshold).mean()),
                     size=(width, height),
                     seen=preprocessing.seen_box(width, height),
-                    model_map=values,
+                    model_map=anomaly_map.total,
                     heatmap_scale=calibration.scale,
                     seed=self.recipe.seed,
                     model_id=self.record.model_id,
@@ -322,12 +336,12 @@ class Detector:
         return results
 
     @torch.no_grad()
-    def distances(self, inputs: Inputs, content: Boxes, features: Sequence[Tensor] = ()) -> Distances:
+    def distances(self, inputs: Inputs, content: Content, features: Sequence[Tensor] = ()) -> Distances:
         """Measure how far the teacher's features are from the student's, and from each memory bank.
 
         Args:
             inputs: of B images, from `Teacher.inputs`.
-            content: (B, 4) int32 content boxes of the same images.
+            content: of the same images.
             features: the teacher's, of all levels, (B, Cₗ, Hₗ, Wₗ) each; empty: compute them.
         """
         features = features or self.teacher(inputs)
@@ -343,13 +357,13 @@ class Detector:
         return Distances(student, tuple(memory))
 
     def anomaly_maps(
-        self, distances: Distances, content: Boxes, scales: Sequence[DistanceScale] | None = None
+        self, distances: Distances, content: Content, scales: Sequence[DistanceScale] | None = None
     ) -> list[AnomalyMap]:
         """Fuse B images' distances into one map per content box, with the model's distance scales or others.
 
         Args:
             distances: from `distances`.
-            content: (B, 4) int32 content boxes of the same images.
+            content: of the same images.
             scales: as `distance_scales`; None: the model's.
         """
         scales = self.distance_scales if scales is None else scales
@@ -365,7 +379,7 @@ class Detector:
             total = fuse_levels(distances.student, levels, self.recipe.fusion, shape)
         results = []
         for i, (whole, (left, top, right, bottom)) in enumerate(
-            zip(total.cpu().numpy(), content.tolist(), strict=True)
+            zip(total.cpu().numpy(), content.boxes.tolist(), strict=True)
         ):
             anomaly_map = AnomalyMap(
                 np.ascontiguousarray(whole[top:bottom, left:right]),
@@ -373,11 +387,12 @@ class Detector:
                 nearest_positions(top, bottom, shape[0], views.shape[2]),
                 nearest_positions(left, right, shape[1], views.shape[3]),
             )
+            anomaly_map = anomaly_map.inspected(content.outside(i, shape))
             results.append(anomaly_map.smoothed(self.recipe.smoothing))
         return results
 
-    def on_one_grid(self, distances: Distances, content: Boxes) -> Tensor:
-        """Bring K distance maps of B images with these content boxes to the finest one's shape: (K, B, h, w)."""
+    def on_one_grid(self, distances: Distances, content: Content) -> Tensor:
+        """Bring K distance maps of B images with this content to the finest one's shape: (K, B, h, w)."""
         valid = self.teacher.content_masks(content, [spatial_shape(each) for each in distances.maps])
         return on_one_grid(distances.maps, valid)
 
@@ -411,7 +426,7 @@ class Detector:
             )
             for test, result in zip(tests, results, strict=True)
         )
-        preprocessing = self.teacher.preprocessing
+        preprocessing = self.preprocessing
         return measure_category(label_scores(images, preprocessing, batch_size=preprocessing.batch_size))
 
     def save(self, store: str | os.PathLike[str], category: str) -> ModelRecord:

@@ -15,6 +15,7 @@ FINAL_ERRORS = (
     "too_large",
     "decode_timeout",
     "unsupported",
+    "other_size",
     "unforeseen",
     "no_model",
 )

@@ -24,6 +24,10 @@ EXCLUDE_HELP = (
     "text file (a path or URI) of good images to leave out, such as a model's fit.html saves: in each line a URI, or a "
     "file name that one of them has"
 )
+ROI_HELP = (
+    "what to inspect of all images instead of <category>/roi.png: a mask of their size (a path or URI), white where "
+    "they are inspected and black elsewhere; or polygons in their pixels, as in '10,10 200,10 200,180; 300,300 …'"
+)
 WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 
 

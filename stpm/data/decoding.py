@@ -11,15 +11,18 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from stpm.data.image_statistics import ImageStatistics, compute_statistics
 from stpm.errors import ImageError, one_line
 from stpm.method.preprocessing import Preprocessing
+from stpm.method.roi import Roi
 
 Pixels = npt.NDArray[np.uint8]
 # The bytes of an image file; or an image of any mode that a file can have.
@@ -34,6 +37,11 @@ MAX_BYTES = 4 * MAX_PIXELS + 2**20
 # Largest memory that decoding one image takes: Pillow's image before and after its conversion.
 DECODING_BYTES = 8 * MAX_PIXELS
 
+# How much of white what is not inspected has in pictures for people.
+_PALE = 0.7
+# How far the inside of a region of interest is continued, pixels at model size, and the weight of what it fades to.
+_SOFT_PIXELS, _FADED = 16, 0.1
+
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -47,11 +55,13 @@ class Decoded:
         width: of the image itself, pixels, as are its height and statistics.
         bytes: size of the file; 0 if there is none.
         mode: Pillow's name of the kind of pixels that the image had: RGB, L (grey), I;16, RGBA and others.
+        inspected: the pixels at model size that are inspected, as `stpm.method.preprocessing.Content` has them.
     """
 
     pixels: Pixels
     width: int
     height: int
+    inspected: bytes
     bytes: int
     statistics: ImageStatistics
     mode: str
@@ -71,33 +81,84 @@ def _decoding_errors() -> Iterator[None]:
 
 
 @_decoding_errors()
-def decode(fetched: Fetched, preprocessing: Preprocessing) -> Decoded:
+def decode(fetched: Fetched, preprocessing: Preprocessing, roi: Roi | None = None) -> Decoded:
     """Cut out the part of an image that the model sees, and resize it to the model's input, with antialiasing.
 
+    Nothing of the result depends on pixels outside of the image's own region of interest `roi`, or else of that of the
+    preprocessing.
+
     Raises:
-        ImageError: if it cannot be decoded, or its pixels have no fixed range; nothing else is raised.
+        ImageError: if it cannot be decoded, its pixels have no fixed range, or the region is of another size; nothing
+            else is raised.
     """
     image = _open(fetched)
     width, height = image.size
     rgb = _as_rgb(image)
+    roi = roi or preprocessing.roi
+    if roi:
+        if (roi.width, roi.height) != image.size:
+            raise ImageError(
+                "other_size",
+                f"the image is {width}×{height}, its region of interest {roi.width}×{roi.height}; give one of its size",
+            )
+        region = _region(roi, preprocessing)
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, preprocessing.padding_colour), region.mask)
     statistics = compute_statistics(rgb)
     content = preprocessing.content_shape(width, height)
     if rgb.size != content[::-1]:
         resampling = _RESAMPLING[preprocessing.interpolation]
         rgb = rgb.resize(content[::-1], resampling, box=preprocessing.source_box(width, height))
+    if roi:
+        rgb = _soften(rgb, region.inside, preprocessing.padding_colour)
     if content != preprocessing.input_shape:
         padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
         padded.paste(rgb, preprocessing.content_box(width, height))
         rgb = padded
     file_bytes = len(fetched) if isinstance(fetched, bytes) else 0
-    return Decoded(np.asarray(rgb), width, height, file_bytes, statistics, image.mode)
+    inspected = region.inspected if roi else b""
+    return Decoded(np.asarray(rgb), width, height, inspected, file_bytes, statistics, image.mode)
+
+
+class _Region(NamedTuple):
+    """A region of interest, of an image's own pixels, and of those that the model sees; and `Content.inspected`."""
+
+    mask: Image.Image
+    inside: Image.Image
+    inspected: bytes
+
+
+# Most images of a category have the same one.
+@lru_cache(maxsize=8)
+def _region(roi: Roi, preprocessing: Preprocessing) -> _Region:
+    mask = Image.fromarray(roi.mask)
+    box = preprocessing.source_box(roi.width, roi.height)
+    rows, columns = preprocessing.content_shape(roi.width, roi.height)
+    covered = np.asarray(mask.convert("F").resize((columns, rows), Image.Resampling.BOX, box=box))
+    if not covered.any():
+        raise ImageError("other_size", f"its region of interest is outside of what the model sees, {box} pixels")
+    # A region that is narrower than a pixel has pixels, too.
+    inside = covered >= min(covered.max(), 0.5 * 255)
+    left, top, right, bottom = preprocessing.content_box(roi.width, roi.height)
+    whole = np.zeros(preprocessing.input_shape, bool)
+    whole[top:bottom, left:right] = inside
+    return _Region(mask.convert("L"), Image.fromarray(inside).convert("L"), np.packbits(whole).tobytes())
+
+
+def _soften(rgb: Image.Image, inside: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Continue the inside of a region by what is near, which fades to a colour: its border would be an edge."""
+    blur = ImageFilter.BoxBlur(_SOFT_PIXELS)
+    near = Image.composite(rgb, Image.new("RGB", rgb.size), inside).filter(blur)
+    weight = np.asarray(inside.filter(blur), np.float32)[:, :, None] / 255
+    continued = (np.asarray(near) + _FADED * np.array(colour, np.float32)) / (weight + _FADED)
+    return Image.composite(rgb, Image.fromarray(continued.round().clip(0, 255).astype(np.uint8)), inside)
 
 
 @_decoding_errors()
 def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     """Decode the part of an image that the model sees, in the image's own proportions: (H, W, 3) uint8 RGB.
 
-    Its shorter side has `shorter` pixels, or fewer where the longer side would exceed `longest`. Raises ImageError.
+    Its shorter side has `shorter` pixels, or fewer where the longer side would exceed `longest`. What the preprocessing
+    does not inspect is paler. Raises ImageError.
     """
     image = _open_header(data)
     size = preprocessing.picture_size(*image.size, shorter, longest)
@@ -106,7 +167,12 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     whole = np.array(image.size)
     image.draft(None, tuple(np.ceil(2 * np.array(size) * whole / (box[1] - box[0])).astype(int)))
     box = np.minimum(box * image.size / whole, image.size)
-    return np.asarray(_as_rgb(_load(image)).resize(size, Image.Resampling.BILINEAR, box=tuple(box.ravel())))
+    picture = _as_rgb(_load(image)).resize(size, Image.Resampling.BILINEAR, box=tuple(box.ravel()))
+    if (roi := preprocessing.roi) and (roi.width, roi.height) == tuple(whole.tolist()):
+        seen = preprocessing.source_box(roi.width, roi.height)
+        inside = Image.fromarray(roi.mask).convert("L").resize(size, Image.Resampling.BILINEAR, box=seen)
+        picture = Image.composite(picture, Image.blend(picture, Image.new("RGB", size, "white"), _PALE), inside)
+    return np.asarray(picture)
 
 
 @_decoding_errors()

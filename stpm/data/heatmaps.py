@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from stpm.data import decoding, image_files
 from stpm.data.decoding import Pixels
 from stpm.data.encode import encode_png
 from stpm.data.image_files import ImageRef
+from stpm.data.rois import read_roi
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.scales import GOOD_MAX_LEVEL
 
@@ -108,14 +110,28 @@ def _outline(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def resize_map(anomaly_map: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
-    """Resize an anomaly map bilinearly: (height, width) float32."""
-    return np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
+    """Resize an anomaly map bilinearly: (height, width) float32. NaN stays what it covers, and spreads no further."""
+
+    def resize(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        resized: npt.NDArray[np.float32] = np.asarray(
+            Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+        )
+        return resized
+
+    if not (outside := np.isnan(anomaly_map)).any():
+        return resize(anomaly_map)
+    inside = resize((~outside).astype(np.float32))
+    values: npt.NDArray[np.float32] = resize(np.nan_to_num(anomaly_map, nan=0.0)) / np.maximum(inside, np.float32(1e-6))
+    values[inside < min(0.5, inside.max())] = np.nan
+    return values
 
 
 def read_shown(
     row: Mapping[str, Any], out: str, preprocessing: Preprocessing, shorter: int, longest: int
 ) -> tuple[Pixels, Pixels | None] | None:
     """Read the image of a row of OUTPUT, see `decode_picture`, and its heatmap's grey levels at the same size.
+
+    What is not inspected is paler; the row may lack the column `roi`.
 
     Returns:
         (H, W, 3) and (H, W) uint8, None for no heatmap. None, after a warning, if one of them cannot be read.
@@ -136,6 +152,8 @@ def read_shown(
 def _read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     image = ImageRef.of_row(row)
     data = image_files.read_small(image)
+    if row.get("roi"):
+        preprocessing = replace(preprocessing, roi=read_roi(row["roi"]))
     if data is not None and math.prod(decoding.read_size(data)) <= _SMALL_PIXELS:
         return decoding.decode_picture(data, preprocessing, shorter, longest)
 

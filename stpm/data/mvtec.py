@@ -3,6 +3,8 @@
 <root>/<category>/train/good/*                            defect-free images, the only ones that fitting reads
 <root>/<category>/test/<good or defect type>/*            test images; the folder's name is the label
 <root>/<category>/ground_truth/<defect type>/<stem>_mask.png   optional masks
+<root>/<category>/roi.png                             optional: white where all images are inspected, black elsewhere
+<root>/<category>/roi/<train or test>/<label>/<stem>.png       optional: the same for one image
 
 Images may also lie in deeper folders; then their masks do so too. Names that begin with a dot, and folders that begin
 with @ or #, are ignored.
@@ -14,10 +16,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from stpm import storage
 from stpm.data.decoding import SUFFIXES
+from stpm.data.rois import parse_roi
 from stpm.errors import DataError, join_first
+from stpm.method.roi import Roi
 from stpm.names import is_utf8, other_form, safe_name
 
 GOOD = "good"
@@ -25,9 +30,10 @@ GOOD = "good"
 
 @dataclass(frozen=True)
 class TestImage:
-    """A test image: its URI, label ("good" or a defect type), and the URI of its mask, "" if there is none.
+    """A test image: its URI, label ("good" or a defect type), and the URIs of its mask and of its own region of
+    interest, "" if there is none.
 
-    `versions` are those of both files, from `storage.file_versions`.
+    `versions` are those of all files, from `storage.file_versions`.
     """
 
     __test__ = False
@@ -35,16 +41,25 @@ class TestImage:
     uri: str
     label: str
     mask: str
+    roi: str = ""
     versions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Category:
-    """The images of one category, sorted by URI. `train` has the URI and version of each defect-free image."""
+    """The images of one category, sorted by URI.
+
+    Args:
+        train: URI and version of each defect-free image.
+        roi: the part of the images that is inspected; None: all of them.
+        rois: of each training image with a region of interest of its own: the image's URI, the mask's, and its version.
+    """
 
     name: str
     train: tuple[tuple[str, str], ...]
     test: tuple[TestImage, ...]
+    roi: Roi | None = None
+    rois: tuple[tuple[str, str, str], ...] = ()
 
 
 def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
@@ -67,15 +82,16 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
     return sorted({*wanted}) if wanted else names
 
 
-def read_category(root: str, name: str) -> Category:
-    """List the images of one category.
+def read_category(root: str, name: str, roi: str = "") -> Category:
+    """List the images of one category. A region of interest, see `parse_roi`, replaces that of the data set.
 
     Raises:
-        DataError: if its name is not allowed in a path, or there is no training image, or one whose name is not UTF-8.
+        DataError: if its name is not allowed in a path, there is no training image, or one whose name is not UTF-8, or
+            the region cannot be read.
     """
     safe_name(name, "category")
     folder = storage.join(root, name)
-    train, test = _list_images(folder)
+    train, test, rois, roi_file = _list_images(folder)
     if invalid := [uri for uri, _ in train if not is_utf8(uri)]:
         raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
     if not train:
@@ -83,7 +99,7 @@ def read_category(root: str, name: str) -> Category:
             f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)}); links to folders are not followed "
             "inside a category"
         )
-    return Category(name, train, test)
+    return Category(name, train, test, parse_roi(roi, train[0][0]) if (roi := roi or roi_file) else None, rois)
 
 
 def exclude(categories: Sequence[Category], file: str) -> list[Category]:
@@ -116,33 +132,49 @@ def read_tests(folder: str) -> tuple[TestImage, ...]:
     """List the images in a category's folder `test`, with the masks beside it. Raise DataError if there are none."""
     uri = storage.absolute(folder)
     category, _, name = uri.rpartition("/")
-    _, tests = _list_images(category) if name == "test" else ((), ())
+    tests = _list_images(category).test if name == "test" else ()
     if not tests:
         raise DataError(f"{folder}: no test images; give the folder test of a category in the MVTec AD layout")
     return tests
 
 
-def _list_images(folder: str) -> tuple[tuple[tuple[str, str], ...], tuple[TestImage, ...]]:
-    """List a category's training images with their versions, and its test images."""
-    train, tests, masks = [], [], {}
+class _Listed(NamedTuple):
+    """The fields of a category; its region of interest as its URI, "" for none."""
+
+    train: tuple[tuple[str, str], ...]
+    test: tuple[TestImage, ...]
+    rois: tuple[tuple[str, str, str], ...]
+    roi: str
+
+
+def _list_images(folder: str) -> _Listed:
+    train, stems, tests, masks, rois, roi = [], [], [], {}, {}, ""
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     versions = dict(storage.file_versions(folder))
     for uri, version in versions.items():
         parts = PurePosixPath(storage.filesystem(uri)[1]).parts[depth:]
+        if parts == ("roi.png",):
+            roi = uri
         if len(parts) < 3 or not is_image(parts):
             continue
         stem = str(PurePosixPath(*parts[2:]).with_suffix(""))
         match parts:
             case ("train", "good", *_):
                 train.append((uri, version))
+                stems.append(stem)
             case ("test", label, *_):
                 tests.append((uri, label, stem))
             case ("ground_truth", label, *_):
                 masks[label, stem.removesuffix("_mask")] = uri
-    found = [(uri, label, masks.get((label, stem), "")) for uri, label, stem in tests]
-    return tuple(train), tuple(
-        TestImage(uri, label, mask, tuple(versions[each] for each in (uri, mask) if each)) for uri, label, mask in found
-    )
+            case ("roi", *path):
+                rois[str(PurePosixPath(*path).with_suffix(""))] = uri
+    test = []
+    for uri, label, stem in tests:
+        mask, own = masks.get((label, stem), ""), rois.get(f"test/{label}/{stem}", "")
+        test.append(TestImage(uri, label, mask, own, tuple(versions[each] for each in (uri, mask, own) if each)))
+    own_rois = [(uri, rois.get(f"train/good/{stem}", "")) for (uri, _), stem in zip(train, stems, strict=True)]
+    with_versions = tuple((uri, own, versions[own]) for uri, own in own_rois if own)
+    return _Listed(tuple(train), tuple(test), with_versions, roi)
 
 
 def is_image(parts: Sequence[str]) -> bool:

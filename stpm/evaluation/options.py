@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
-from stpm.options import EXCLUDE_HELP, WAIT_HELP, Integers, Names, Options, option
+from stpm.options import EXCLUDE_HELP, ROI_HELP, WAIT_HELP, Integers, Names, Options, option
 
 MasksAt = Literal["model", "original"]
 
@@ -37,6 +37,7 @@ class BenchmarkOptions(Options):
     out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
     categories: Names = option(Names(), "categories to benchmark, separated by commas; none: all of the data set")
     exclude: str = option("", EXCLUDE_HELP)
+    roi: str = option("", ROI_HELP)
     seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
     wait: bool = option(False, WAIT_HELP)
 

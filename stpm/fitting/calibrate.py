@@ -56,8 +56,7 @@ def calibrate(
     corrections = []
     if is_known.any() and samples:
         corrections = _correct_student(samples, is_known, len(detector.recipe.levels) if detector.student else 0)
-    left, top, right, bottom = features.images.content[images].T.astype(np.int64)
-    heatmap_scale = HeatmapScaleBuilder(int(((right - left) * (bottom - top)).sum()))
+    heatmap_scale = HeatmapScaleBuilder(features.images.count_pixels(images))
     scales_of: Iterator[tuple[DistanceScale, ...]] = repeat(())
     if samples:
         scales_of = iter(leave_one_out_scales(samples, detector.map_weights))
@@ -73,7 +72,7 @@ def calibrate(
             content = features.images.content[image : image + 1]
             (anomaly_map,) = detector.anomaly_maps(one, content, next(scales_of))
             scores.append(anomaly_map.score(detector.recipe.top_fraction))
-            heatmap_scale.add(anomaly_map.total)
+            heatmap_scale.add(anomaly_map.values)
     scales = fit_scales(samples, detector.map_weights) if samples else ()
     return np.array(scores, np.float32)[np.argsort(images)], heatmap_scale.build(), scales
 

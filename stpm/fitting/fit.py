@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from stpm.data import pictures
 from stpm.data.decoding import SUFFIXES
 from stpm.data.mvtec import is_image
 from stpm.data.pictures import Picture
+from stpm.data.rois import parse_roi
 from stpm.detector import Detector, TeacherSpec, share_teacher
 from stpm.errors import DataError
 from stpm.fitting.fit_detector import fit_detector
@@ -29,6 +32,7 @@ from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import load_backbone, serialise
 from stpm.method.device import device_capabilities, local_device
 from stpm.method.recipe import PRESETS, Preset, Recipe
+from stpm.method.roi import Roi
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.method.views import levels_of_teacher
 from stpm.models.record import ModelRecord
@@ -49,6 +53,7 @@ def fit(
     teacher: str = "",
     teacher_weights: str = "",
     seed: int | None = None,
+    roi: str | os.PathLike[str] | npt.NDArray[np.bool_] | None = None,
     backend: WantedBackend = "auto",
     progress: bool = True,
 ) -> Detector:
@@ -63,6 +68,8 @@ def fit(
         teacher: replaces the recipe's: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
         teacher_weights: replaces the recipe's: a file, or `random`.
         seed: replaces the recipe's.
+        roi: what to inspect of each image: a mask of its size, (height, width) bool, or a mask's path or URI, white
+            where images are inspected; None: all of it.
         backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
             where it is installed.
         progress: show a progress bar.
@@ -73,6 +80,7 @@ def fit(
         DivergedError: if a loss is not finite.
     """
     started = time.perf_counter()
+    region = _read_roi(roi)
     versions = _list(images)
     listed = [picture for picture, _ in versions]
     recipe = recipe or PRESETS[preset]
@@ -88,7 +96,7 @@ def fit(
     digest = storage.digest(serialise(weights))
     device = local_device()
     arithmetic = choose_arithmetic([device_capabilities(device)], backend)
-    spec = TeacherSpec.to_fit(recipe, digest, preprocessing_for(recipe, listed), device, arithmetic)
+    spec = TeacherSpec.to_fit(recipe, digest, preprocessing_for(recipe, listed, region), device, arithmetic)
     epochs = 0 if recipe.student == "none" else recipe.epochs
     with tqdm(total=epochs + 1, desc="fit", disable=not progress) as bar:
 
@@ -111,6 +119,7 @@ def fit(
             gpu_ram=_free_gpu_ram(device),
             teacher_digest=digest,
             data_fingerprint=fingerprint(versions),
+            roi=region,
         )
         # The last step: calibrated.
         bar.update()
@@ -120,6 +129,12 @@ def fit(
         return detector.publish(store, category)
 
     return dataclasses.replace(detector, publish=publish)
+
+
+def _read_roi(roi: str | os.PathLike[str] | npt.NDArray[np.bool_] | None) -> Roi | None:
+    if roi is None or isinstance(roi, np.ndarray):
+        return None if roi is None else Roi.of_mask(roi)
+    return parse_roi(os.fspath(roi))
 
 
 def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Picture, str]]:

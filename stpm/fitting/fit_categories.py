@@ -35,10 +35,13 @@ from stpm.options import ClusterOptions
 log = logging.getLogger(__name__)
 
 
-def read_categories(root: str, wanted: Sequence[str], exclude: str = "") -> tuple[list[mvtec.Category], dict[str, str]]:
+def read_categories(
+    root: str, wanted: Sequence[str], exclude: str = "", roi: str = ""
+) -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
-    Leave out the good images that the file `exclude` lists, if one is given.
+    Leave out the good images that the file `exclude` lists, if one is given. `roi` is the region of
+    interest of each.
 
     Raises:
         DataError: if the data set is missing or empty, or a wanted category does not exist; or as `mvtec.exclude`.
@@ -51,7 +54,7 @@ def read_categories(root: str, wanted: Sequence[str], exclude: str = "") -> tupl
             # On some disks the folders of their models would be one.
             return DataError("another category's name differs only in case; rename one of them")
         try:
-            return mvtec.read_category(root, name)
+            return mvtec.read_category(root, name, roi)
         except (DataError, PermissionError) as error:
             return error
 
@@ -107,7 +110,9 @@ def fit_categories(
             digest = store.put_teacher(weights)
             for category in categories:
                 seeded = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
-                tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest))
+                tasks.append(
+                    FitTask(category.name, category.train, seeded, store.uri, digest, category.roi, category.rois)
+                )
         planned = storage.in_parallel(_plan, tasks)
         results = [result for result in planned if result]
         unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]

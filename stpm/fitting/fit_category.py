@@ -66,7 +66,8 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
     started = time.perf_counter()
     store, digest, uris = ModelStore(task.store), task.teacher_digest, [uri for uri, _ in task.train]
     storage.remove_unfinished(store.folder(task.category))
-    preprocessing = preprocessing_for(task.recipe, uris)
+    preprocessing = preprocessing_for(task.recipe, uris, task.roi)
+    rois = {image: uri for image, uri, _ in task.rois}
     spec = TeacherSpec.to_fit(task.recipe, digest, preprocessing, settings.device, settings.arithmetic)
     teacher = last_teacher(task.store, spec)
     computed_by = (teacher.preprocessing, teacher.precision, teacher.device.type, teacher.backend)
@@ -81,6 +82,8 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
         gpu_ram=settings.gpu_ram,
         teacher_digest=digest,
         data_fingerprint=task.data_fingerprint,
+        roi=task.roi,
+        rois=rois,
         checkpoint=Checkpoint(store.checkpoint_uri(task.category), fingerprint, settings.checkpoint_seconds),
     )
     record = detector.publish(store, task.category)

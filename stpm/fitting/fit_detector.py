@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,9 @@ from stpm.fitting.training_images import load_images
 from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration
 from stpm.method.memory_bank import MemoryBank
+from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
+from stpm.method.roi import Roi
 from stpm.method.teacher import Teacher
 from stpm.models.record import FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
@@ -47,6 +49,8 @@ def fit_detector(
     gpu_ram: int,
     teacher_digest: str,
     data_fingerprint: str,
+    roi: Roi | None = None,
+    rois: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Detector:
     """Decode the images, train the student, build the memory, and calibrate.
@@ -62,6 +66,8 @@ def fit_detector(
         gpu_ram: bytes of a GPU's memory for the teacher's features.
         teacher_digest: SHA-256 of the teacher's weights.
         data_fingerprint: of the images, see `stpm.fitting.task.fingerprint`; a store keeps it.
+        roi: the part of the images that is inspected; None: all of what the teacher sees.
+        rois: by an image's URI, that of the mask of its own region of interest.
         checkpoint: of the student's training.
 
     Returns:
@@ -72,14 +78,15 @@ def fit_detector(
         DataError: if there are too few images, or some cannot be read.
         DivergedError: if a loss is not finite.
     """
-    features = _load(teacher, images, report, ram, gpu_ram)
+    preprocessing = dataclasses.replace(teacher.preprocessing, roi=roi)
+    features = _load(teacher, preprocessing, images, rois or {}, report, ram, gpu_ram)
     groups = group_images([pictures.name_of(image) for image in images], features.images.pixels, recipe)
     train, held_out = split_images(groups, recipe)
-    for problem in features.images.find_problems(teacher.preprocessing):
+    for problem in features.images.find_problems():
         report(FitWarning(problem))
     memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoint)
-    detector = Detector.assemble(teacher, recipe, trained.student, memory)
+    detector = dataclasses.replace(Detector.assemble(teacher, recipe, trained.student, memory), roi=roi)
     scores, heatmap_scale, distance_scales = calibrate(detector, features, parts, held_out)
     calibrating = np.sort(np.concatenate([part for _, part in parts]))
     suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
@@ -98,7 +105,7 @@ def fit_detector(
     record = ModelRecord(
         category="",
         recipe=recipe,
-        preprocessing=teacher.preprocessing,
+        preprocessing=preprocessing,
         precision=teacher.precision,
         teacher_digest=teacher_digest,
         teacher_licence="" if recipe.teacher_weights else teacher_licence(recipe.teacher),
@@ -153,13 +160,21 @@ def _build_banks(
     return memory, parts
 
 
-def _load(teacher: Teacher, pictures: Sequence[Picture], report: Reporter, ram: int, gpu_ram: int) -> TeacherFeatures:
+def _load(
+    teacher: Teacher,
+    preprocessing: Preprocessing,
+    pictures: Sequence[Picture],
+    rois: Mapping[str, str],
+    report: Reporter,
+    ram: int,
+    gpu_ram: int,
+) -> TeacherFeatures:
     """Decode images, and compute a teacher's features of them if they fit into the memory."""
     started = time.perf_counter()
-    images = load_images(pictures, teacher.preprocessing, ram)
+    images = load_images(pictures, preprocessing, ram, rois)
     seconds = time.perf_counter() - started
     features = TeacherFeatures(teacher, images, ram, gpu_ram)
-    smallest, largest = (f"{scale:.0%}" for scale in images.scale_range(teacher.preprocessing))
+    smallest, largest = (f"{scale:.0%}" for scale in images.scale_range())
     report(
         f"{len(images)} images decoded in {seconds:.1f} s, in {'a file' if images.on_disk else 'memory'}; teacher's "
         f"features {'cached' if features.cached else 'recomputed'} ({features.nbytes / 2**20:.0f} MiB); input "

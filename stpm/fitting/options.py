@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.options import EXCLUDE_HELP, WAIT_HELP, Names, Options, option
+from stpm.options import EXCLUDE_HELP, ROI_HELP, WAIT_HELP, Names, Options, option
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class FitOptions(Options):
     models: str = option("", "model store to write to: a folder or a URI", required=True)
     categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
     exclude: str = option("", EXCLUDE_HELP)
+    roi: str = option("", ROI_HELP)
     false_alarm_rate: float = option(
         0.01,
         "fraction of good images that scoring may call anomalous, 0 to 1; it changes no model, but fitting warns where "

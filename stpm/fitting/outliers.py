@@ -70,7 +70,7 @@ def find_outliers(
         calibrating=len(calibrating),
         threshold=without(0),
         sizes=join_first([f"{size} ({count})" for size, count in sizes.most_common()], separator=", "),
-        problems=images.find_problems(features.teacher.preprocessing),
+        problems=images.find_problems(),
     ).encode()
     if not far:
         return "", page
@@ -105,7 +105,7 @@ def _compare(features: TeacherFeatures, seed: int) -> Tensor:
 
 def _draw(features: TeacherFeatures, index: int, distances: Tensor) -> bytes:
     """Draw what the model sees of an image, with a circle where it is farthest out, as a JPEG."""
-    pixels, (left, top, right, bottom) = features.images.pixels[index], features.images.content[index].tolist()
+    pixels, (left, top, right, bottom) = features.images.pixels[index], features.images.content.boxes[index].tolist()
     image = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
     scale = _PICTURE / max(image.size)
     row, column = divmod(int(distances.argmax()), distances.shape[1])

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from stpm import storage
 from stpm.method.recipe import Recipe
+from stpm.method.roi import Roi
 from stpm.models.record import ModelRecord
 
 
@@ -17,6 +18,8 @@ class FitTask:
 
     Args:
         train: URI and version (see `stpm.storage.file_versions`) of each training image.
+        roi: the part of the images that is inspected; None: all of them.
+        rois: of each image with a region of interest of its own: the image's URI, the mask's, and its version.
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.
         teacher_digest: digest of the teacher's weights in that store.
@@ -27,6 +30,8 @@ class FitTask:
     recipe: Recipe
     store: str
     teacher_digest: str
+    roi: Roi | None = None
+    rois: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def key(self) -> str:
@@ -40,8 +45,9 @@ class FitTask:
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """SHA-256 of the listing. It changes when a training image is added, removed, renamed or rewritten."""
-        return fingerprint(self.train)
+        """SHA-256 of the listing. It changes when a training image, or what of it is inspected, is another."""
+        regions = [(uri, version) for _, uri, version in self.rois]
+        return fingerprint([*self.train, *regions, *([("roi", repr(self.roi))] if self.roi else [])])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -67,7 +67,7 @@ class TeacherFeatures:
         `factors` are (B,) float32.
         """
         pixels = self._pixels[torch.from_numpy(indices)].clone()
-        boxes = self.images.content[indices].tolist()
+        boxes = self.images.content[indices].boxes.tolist()
         for image, factor, (left, top, right, bottom) in zip(pixels, factors.tolist(), boxes, strict=True):
             part = image[top:bottom, left:right]
             part.copy_((part * factor).round().clamp(max=255))

@@ -20,19 +20,21 @@ from stpm.data import decoding, pictures
 from stpm.data.decoding import Fetched, Pixels
 from stpm.data.image_statistics import COMPARED
 from stpm.data.pictures import Picture
+from stpm.data.rois import read_roi
 from stpm.errors import ConfigError, DataError, ImageError, join_first
 from stpm.method.backbones import describe_levels, resolve_data_config
 from stpm.method.preprocessing import (
     IMAGENET,
     SIDE_MULTIPLE,
     UNSCALED,
-    Boxes,
+    Content,
     DataConfig,
     Preprocessing,
     choose_coarse_shape,
     choose_input_shape,
 )
 from stpm.method.recipe import Recipe
+from stpm.method.roi import Roi
 
 _READERS = 8
 _MAX_HEADERS_READ = 32
@@ -52,17 +54,19 @@ class TrainingImages:
 
     Args:
         pixels: (N, H, W, 3) uint8 RGB, in memory or in a file.
-        content: (N, 4) int32 content boxes.
+        content: where they lie in the pixels, and which part of them is inspected.
         statistics: (N, len(COMPARED)) float32 of the images' own pixels, in the order of COMPARED.
         modes: Pillow's name of the kind of pixels of each image's file.
         names: of each image.
+        preprocessing: with which they were decoded.
     """
 
     pixels: Pixels
-    content: Boxes
+    content: Content
     statistics: npt.NDArray[np.float32]
     modes: tuple[str, ...]
     names: tuple[str, ...]
+    preprocessing: Preprocessing
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -76,13 +80,24 @@ class TrainingImages:
     def on_disk(self) -> bool:
         return isinstance(self.pixels, np.memmap)
 
-    def scale_range(self, preprocessing: Preprocessing) -> tuple[float, float]:
+    def count_pixels(self, images: npt.NDArray[np.int64]) -> int:
+        """Count the inspected pixels of some images, at model size."""
+        left, top, right, bottom = self.content.boxes[images].astype(np.int64).T
+        counts = (right - left) * (bottom - top)
+        for i, image in enumerate(images if self.content.inspected else ()):
+            if inspected := self.content.inspected[image]:
+                counts[i] = np.unpackbits(np.frombuffer(inspected, np.uint8)).sum()
+        return int(counts.sum())
+
+    def scale_range(self) -> tuple[float, float]:
         """Return the smallest and the largest scale at which a model sees the images; 1 is their own size."""
-        scales = [preprocessing.scale(*size) for size in np.unique(self.statistics[:, :2].astype(int), axis=0).tolist()]
+        scales = [
+            self.preprocessing.scale(*size) for size in np.unique(self.statistics[:, :2].astype(int), axis=0).tolist()
+        ]
         return min(scales), max(scales)
 
-    def find_problems(self, preprocessing: Preprocessing) -> list[str]:
-        """Describe what would make a model with this preprocessing worse than its scores say; [] if nothing would."""
+    def find_problems(self) -> list[str]:
+        """Describe what would make a model of these images worse than its scores say; [] if nothing would."""
         problems = []
         brightness, contrast, sharpness = (
             self.statistics[:, COMPARED.index(name)] for name in ("brightness", "contrast", "sharpness")
@@ -110,7 +125,7 @@ class TrainingImages:
                 f"{self._count(np.array(self.modes) != mode[0])} of another kind of pixels "
                 f"({', '.join(kind for kind, _ in others)}; most are {mode[0]}); save all alike"
             )
-        smallest, largest = self.scale_range(preprocessing)
+        smallest, largest = self.scale_range()
         if largest > _MIXED_SCALES * smallest:
             problems.append(
                 f"the images have different sizes or proportions: the model sees them at {smallest:.0%} to "
@@ -135,8 +150,10 @@ def choose_normalisation(recipe: Recipe) -> DataConfig:
     return IMAGENET if recipe.normalisation == "imagenet" else UNSCALED
 
 
-def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocessing:
-    """Return a recipe's preprocessing of these training images. For the size `auto`, read the headers of some.
+def preprocessing_for(recipe: Recipe, training: Sequence[Picture], roi: Roi | None = None) -> Preprocessing:
+    """Return a recipe's preprocessing of these training images, of which a region of interest may be all that counts.
+
+    For the size `auto` without a region, read the headers of some.
 
     Raises:
         ConfigError: if the teacher is unknown, or cannot take the size.
@@ -144,11 +161,15 @@ def preprocessing_for(recipe: Recipe, training: Sequence[Picture]) -> Preprocess
     """
     config = choose_normalisation(recipe)
     multiple = describe_levels(recipe.teacher, tuple(recipe.levels)).side_multiple
-    shape = recipe.size.sides or choose_input_shape(_read_some_sizes(training), recipe.pixels, multiple)
+    shape = recipe.size.sides
+    if not shape:
+        left, top, right, bottom = roi.box if roi else (0, 0, 0, 0)
+        sizes = [(right - left, bottom - top)] if roi else _read_some_sizes(training)
+        shape = choose_input_shape(sizes, recipe.pixels, multiple)
     if multiple != SIDE_MULTIPLE and any(side % multiple for side in shape):
         raise ConfigError(f"--size is {recipe.size}; {recipe.teacher} needs multiples of {multiple} pixels, or auto")
     coarse = choose_coarse_shape(shape, recipe.coarse_pixels, multiple) if recipe.max_views > 1 else None
-    return Preprocessing(*shape, recipe.resize, config.interpolation, config.mean, config.std, coarse)
+    return Preprocessing(*shape, recipe.resize, config.interpolation, config.mean, config.std, coarse, roi)
 
 
 def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:
@@ -161,32 +182,41 @@ def _read_some_sizes(training: Sequence[Picture]) -> list[tuple[int, int]]:
     return sizes
 
 
-def load_images(training: Sequence[Picture], preprocessing: Preprocessing, budget: int) -> TrainingImages:
+def load_images(
+    training: Sequence[Picture], preprocessing: Preprocessing, budget: int, rois: Mapping[str, str] | None = None
+) -> TrainingImages:
     """Decode images: into memory if their pixels fit a budget of bytes, else into a file.
+
+    `rois` are the URIs of masks, by those of the images that have a region of interest of their own.
 
     Raises:
         DataError: if files cannot be read. To fit on the others would hide that images are missing.
     """
     shape = (len(training), *preprocessing.input_shape, 3)
     pixels = np.empty(shape, np.uint8) if math.prod(shape) <= budget else _allocate_in_file(shape)
-    content = np.empty((len(training), 4), np.int32)
+    boxes = np.empty((len(training), 4), np.int32)
+    inspected = [b""] * len(training)
     statistics = np.empty((len(training), len(COMPARED)), np.float32)
     modes = [""] * len(training)
     one_large_image = Lock()
 
     def decode(index: int, fetched: Fetched) -> None:
+        own = (rois or {}).get(pictures.name_of(training[index]))
+        roi = read_roi(own) if own else None
         is_large = math.prod(decoding.read_size(fetched)) > decoding.MAX_PIXELS // (_READERS // 2)
         with one_large_image if is_large else nullcontext():
-            decoded = decoding.decode(fetched, preprocessing)
+            decoded = decoding.decode(fetched, preprocessing, roi)
         pixels[index] = decoded.pixels
-        content[index] = preprocessing.content_box(decoded.width, decoded.height)
+        boxes[index] = preprocessing.content_box(decoded.width, decoded.height)
+        inspected[index] = decoded.inspected
         statistics[index] = decoded.width, decoded.height, *decoded.statistics
         modes[index] = decoded.mode
 
     if errors := _read_all(training, decode):
         raise _unreadable(errors, len(training))
     names = [pictures.name_of(picture) or f"image {i}" for i, picture in enumerate(training)]
-    return TrainingImages(pixels, content, statistics, tuple(modes), tuple(names))
+    content = Content(boxes, inspected)
+    return TrainingImages(pixels, content, statistics, tuple(modes), tuple(names), preprocessing)
 
 
 def _read_all(training: Sequence[Picture], use: Callable[[int, Fetched], None]) -> dict[str, Exception]:

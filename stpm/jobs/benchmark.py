@@ -66,7 +66,7 @@ def run_benchmark(
         with hold_lease(out, options.wait) as fence:
             if not options.data:
                 demo.make(data)
-            categories, unreadable = read_categories(data, options.categories, options.exclude)
+            categories, unreadable = read_categories(data, options.categories, options.exclude, options.roi)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:

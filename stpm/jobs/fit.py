@@ -35,7 +35,9 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         return _add_good(options, cluster.backend)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
-        categories, failures = read_categories(storage.absolute(options.data), options.categories, options.exclude)
+        categories, failures = read_categories(
+            storage.absolute(options.data), options.categories, options.exclude, options.roi
+        )
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})
             return ALL_DONE

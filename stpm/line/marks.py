@@ -50,7 +50,7 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
     for chunk in tables.read(uri):
         if "uri" not in chunk.schema.names:
             raise DataError(f"{table}: no column `uri`; its columns are {', '.join(chunk.schema.names)}")
-        for (name, category, label, _), row in zip(tables.input_values(chunk), numbers, strict=False):
+        for (name, category, label, *_), row in zip(tables.input_values(chunk), numbers, strict=False):
             if categories and category not in categories:
                 continue
             image = ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -101,18 +102,42 @@ class AnomalyMap:
         views: (h, w) float32 each, of the whole input; empty where the total is a product or a sum.
         rows: (H,) row of the views' maps for each row of the total, on no padding.
         columns: (W,) the same for its columns.
+        outside: (H, W) bool, true at pixels that are not inspected, where the total is NaN; None: all are inspected.
     """
 
     total: Float32Array
     views: tuple[Float32Array, ...] = ()
     rows: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    outside: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def values(self) -> Float32Array:
+        """Return the values of all inspected pixels, (P,)."""
+        return self.total.ravel() if self.outside is None else self.total[~self.outside]
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """Return row and column of the largest value."""
+        y, x = divmod(int(np.nanargmax(self.total)), self.total.shape[1])
+        return y, x
+
+    def inspected(self, outside: npt.NDArray[np.bool_] | None) -> AnomalyMap:
+        """Drop the values of pixels that are not inspected, (H, W) bool, before the map is smoothed."""
+        if outside is None:
+            return self
+        return replace(self, total=np.where(outside, np.float32(np.nan), self.total), outside=outside)
 
     def smoothed(self, sigma: float) -> AnomalyMap:
         """Smooth the map by a Gaussian that is cut off at three standard deviations (pixels); borders are repeated."""
         if not sigma:
             return self
-        return replace(self, total=gaussian_filter(self.total, sigma=sigma, mode="nearest", truncate=3.0))
+        smooth = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
+        if self.outside is None:
+            return replace(self, total=smooth(self.total))
+        inside = (~self.outside).astype(np.float32)
+        total = smooth(np.nan_to_num(self.total, nan=0.0)) / np.maximum(smooth(inside), _EPS)
+        return replace(self, total=np.where(self.outside, np.float32(np.nan), total))
 
     def score(self, top_fraction: float) -> float:
         """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
@@ -120,9 +145,12 @@ class AnomalyMap:
 
     def scores(self, top_fraction: float) -> list[float]:
         """Compute the image's score, and the mean of each view's map at the pixels that make it."""
-        count = max(round(top_fraction * self.total.size), 1)
+        total, inspected = self.total, self.total.size
+        if self.outside is not None:
+            total, inspected = np.where(self.outside, np.float32(-np.inf), total), inspected - int(self.outside.sum())
+        count = max(round(top_fraction * inspected), 1)
         # To partition a map takes as long as all that follows.
-        top = np.array([self.total.argmax()]) if count == 1 else np.argpartition(self.total, -count, None)[-count:]
+        top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count, None)[-count:]
         y, x = np.divmod(top, self.total.shape[1])
         of_views = [view[self.rows[y], self.columns[x]] for view in self.views]
         return [float(values.mean(dtype=np.float64)) for values in (self.total[y, x], *of_views)]

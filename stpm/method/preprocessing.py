@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stpm.method.roi import Mask, Roi
+
 # Processes that decode images do not import torch.
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,40 @@ _MAX_SHRINK = sqrt(0.5)
 _MAX_ASPECT = 32.0
 
 
+@dataclass(frozen=True)
+class Content:
+    """Where B images lie in the input, and which part of them is inspected.
+
+    Args:
+        boxes: (B, 4) int32 content boxes.
+        inspected: of each image, the input's pixels that are inspected: (H, W) bool, row by row, eight pixels a byte
+            (`numpy.packbits`); b"": the whole box. Empty: the whole box of each.
+    """
+
+    boxes: Boxes
+    inspected: Sequence[bytes] = ()
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, chosen: slice | npt.NDArray[np.int64]) -> Content:
+        """Select some of the images."""
+        numbers = np.arange(len(self))[chosen]
+        return Content(self.boxes[numbers], [self.inspected[i] for i in numbers] if self.inspected else ())
+
+    def outside(self, index: int, input_shape: tuple[int, int]) -> Mask | None:
+        """Return the pixels of an image's box that are not inspected, of the box's shape; None: all are inspected."""
+        if not (self.inspected and self.inspected[index]):
+            return None
+        left, top, right, bottom = self.boxes[index].tolist()
+        return ~unpack(self.inspected[index], input_shape)[top:bottom, left:right]
+
+
+def unpack(inspected: bytes, shape: tuple[int, int]) -> Mask:
+    """Return the mask that `Content` has as bytes: (H, W) bool of this shape."""
+    return np.unpackbits(np.frombuffer(inspected, np.uint8), count=shape[0] * shape[1]).reshape(shape).astype(bool)
+
+
 class DataConfig(NamedTuple):
     """How a network's training images were prepared: mean and std per channel of pixels in [0, 1]; interpolation."""
 
@@ -64,6 +100,7 @@ class Preprocessing:
         mean: mean per channel, of pixels in [0, 1].
         std: standard deviation per channel, of pixels in [0, 1].
         coarse_shape: height and width of the coarse view's input, pixels; None: there is one view.
+        roi: the part of the images that is inspected; None: all of what the model sees.
     """
 
     height: int
@@ -73,6 +110,7 @@ class Preprocessing:
     mean: PerChannel
     std: PerChannel
     coarse_shape: tuple[int, int] | None = None
+    roi: Roi | None = None
 
     @property
     def input_shape(self) -> tuple[int, int]:
@@ -104,12 +142,17 @@ class Preprocessing:
         return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2).float(), 1 / (255 * std))
 
     def source_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Return the part of an image of this size that the model sees, in the image's pixels."""
+        """Return the part of an image of this size that the model sees, in the image's pixels.
+
+        It is the box around the region of interest, or the whole image, which `crop` makes narrower or lower.
+        """
+        x, y, right, bottom = self.roi.box if self.roi else (0, 0, width, height)
+        width, height = right - x, bottom - y
         if self.resize != "crop":
-            return 0.0, 0.0, float(width), float(height)
+            return float(x), float(y), float(right), float(bottom)
         across = min(width, height * self.width / self.height)
         down = min(height, width * self.height / self.width)
-        left, top = (width - across) / 2, (height - down) / 2
+        left, top = x + (width - across) / 2, y + (height - down) / 2
         return left, top, left + across, top + down
 
     def seen_box(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -119,13 +162,15 @@ class Preprocessing:
 
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Return where the source box lies in the input: everywhere, unless `fit` pads. The box is never empty."""
-        distortion = (width / height) / (self.width / self.height)
+        left, top, right, bottom = self.source_box(width, height)
+        across, down = right - left, bottom - top
+        distortion = (across / down) / (self.width / self.height)
         if self.resize != "fit" or 1 / _SAME_ASPECT <= distortion <= _SAME_ASPECT:
             return 0, 0, self.width, self.height
-        scale = min(self.width / width, self.height / height)
-        across, down = max(round(width * scale), 1), max(round(height * scale), 1)
-        left, top = (self.width - across) // 2, (self.height - down) // 2
-        return left, top, left + across, top + down
+        scale = min(self.width / across, self.height / down)
+        columns, rows = max(round(across * scale), 1), max(round(down * scale), 1)
+        x, y = (self.width - columns) // 2, (self.height - rows) // 2
+        return x, y, x + columns, y + rows
 
     def scale(self, width: int, height: int) -> float:
         """Return the input's pixels over an image's own, along the side that is shrunk more."""
@@ -133,9 +178,9 @@ class Preprocessing:
         rows, columns = self.content_shape(width, height)
         return min(columns / (right - left), rows / (bottom - top))
 
-    def content_boxes(self, sizes: Iterable[tuple[int, int]]) -> Boxes:
-        """Return the content boxes of images with these sizes (width, height): (N, 4) int32."""
-        return np.array([self.content_box(*size) for size in sizes], np.int32).reshape(-1, 4)
+    def content(self, sizes: Iterable[tuple[int, int]], inspected: Sequence[bytes] = ()) -> Content:
+        """Return where images with these sizes (width, height) lie in the input; for `inspected` see `Content`."""
+        return Content(np.array([self.content_box(*size) for size in sizes], np.int32).reshape(-1, 4), inspected)
 
     def content_shape(self, width: int, height: int) -> tuple[int, int]:
         """Return height and width of the content box: the shape of the image's anomaly map and heatmap."""

@@ -45,10 +45,10 @@ class HeatmapScale:
         return self.low + _LOGARITHMIC_UNTIL * (self.good_max - self.low)
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
-        """Convert a map of any shape to grey levels 0 to 255."""
-        linear = (anomaly_map - self.low) / (self.good_max - self.low)
+        """Convert a map of any shape to grey levels 0 to 255; NaN becomes 0."""
+        linear = np.fmax((anomaly_map - self.low) / (self.good_max - self.low), 0.0)
         logarithmic = 1 + np.log(np.clip(linear, 1.0, _LOGARITHMIC_UNTIL)) / np.log(_LOGARITHMIC_UNTIL)
-        levels = np.round(127.5 * np.where(linear < 1, np.maximum(linear, 0.0), logarithmic))
+        levels = np.round(127.5 * np.where(linear < 1, linear, logarithmic))
         return np.asarray(levels, np.uint8)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, one_hot
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, one_hot
 from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone
 from stpm.method.openvino_backend import OpenVinoBackbone
-from stpm.method.preprocessing import Boxes, Preprocessing
+from stpm.method.preprocessing import Content, Preprocessing, unpack
 from stpm.method.recipe import Precision
 from stpm.method.views import View
 from stpm.options import Backend
@@ -133,16 +134,20 @@ class Teacher:
         own = self.views[-1].levels
         return [own.index(level) - len(own) for level in levels]
 
-    def content_masks(self, content: Boxes, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
-        """Mark the valid positions of each level, those not on padding, of B images with these (B, 4) content boxes.
+    def content_masks(self, content: Content, shapes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
+        """Mark the valid positions of each level of B images: inspected ones, and none on padding.
 
-        Return one (B, Hₗ, Wₗ) bool mask per level, or one None per level if no image has padding.
+        Return one (B, Hₗ, Wₗ) bool mask per level, or one None per level if all positions of all images are valid.
         """
         height, width = self.preprocessing.input_shape
-        if (content == (0, 0, width, height)).all():
+        if (content.boxes == (0, 0, width, height)).all() and not any(content.inspected):
             return [None] * len(shapes)
-        boxes = torch.from_numpy(content).to(self.device)
-        return [content_mask(boxes, (height, width), shape) for shape in shapes]
+        boxes = torch.from_numpy(content.boxes).to(self.device)
+        masks = [content_mask(boxes, (height, width), shape) for shape in shapes]
+        for i, inspected in enumerate(content.inspected):
+            for mask in masks if inspected else ():
+                mask[i] = inspected_positions(inspected, (height, width), spatial_shape(mask))
+        return list(masks)
 
 
 def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
@@ -160,6 +165,21 @@ def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int
     left, top, right, bottom = content.long().unbind(dim=1)
     rows, columns = _inside(top, bottom, input_shape[0], shape[0]), _inside(left, right, input_shape[1], shape[1])
     return rows[:, :, None] & columns[:, None, :]
+
+
+# The same few masks are asked for again and again: one for each level, of each image of a category.
+@lru_cache(maxsize=64)
+def inspected_positions(inspected: bytes, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Mark the positions of a pyramid level at least half of whose pixels are inspected: (h, w) bool of this shape.
+
+    Where there are none, those that are inspected most are marked. `inspected` is as in `Content`.
+
+    >>> inspected_positions(bytes([0b11101100]), (2, 4), (1, 2)).int()
+    tensor([[1, 0]], dtype=torch.int32)
+    """
+    pixels = torch.from_numpy(unpack(inspected, input_shape))
+    share = adaptive_avg_pool2d(pixels[None].float(), shape)[0]
+    return share >= share.max().clamp(max=0.5)
 
 
 def _inside(start: Tensor, stop: Tensor, length: int, positions: int) -> Tensor:

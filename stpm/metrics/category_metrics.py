@@ -50,7 +50,8 @@ class LabelledScores:
         pixels: pixel counts by label.
         no_pixels: why there are no pixel counts, or "".
         error_count: number of images with a label that could not be scored.
-        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
+        vanished_masks: URIs of masks whose defects are too small for the anomaly map, or not inspected: no pixel metric
+            counts them.
         problems: one line each.
     """
 
@@ -175,7 +176,7 @@ def _at_one_size(
     cropped, resized = crop_mask(mask, preprocessing), resize_mask(mask, preprocessing)
     if at_original_size:
         return resize_map(anomaly_map, *cropped.shape), cropped, False
-    return anomaly_map, resized, bool(cropped.any() and not resized.any())
+    return anomaly_map, resized, bool(cropped.any() and not (resized & ~np.isnan(anomaly_map)).any())
 
 
 @dataclass(frozen=True)

@@ -153,10 +153,10 @@ class PixelCounts:
 def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_keys: int = MAX_KEYS) -> PixelCounts:
     """Count the pixels of some anomaly maps and masks, (H, W) each, as lists or as arrays (N, H, W).
 
-    Regions are 8-connected and never cross images.
+    Regions are 8-connected and never cross images. Pixels whose score is NaN are not inspected, and not counted.
 
     Raises:
-        UndefinedMetricError: if a score is not finite.
+        UndefinedMetricError: if a score is infinite.
 
     Three of four pairs of a good and a defective pixel are in order; no key lost a bit, so that the value is exact:
 
@@ -168,12 +168,15 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
         if anomaly_map.shape != mask.shape:
             raise ValueError(f"map {anomaly_map.shape} and mask {mask.shape} differ in shape")
     scores = _joined(maps, np.float32)
-    if not np.isfinite(scores).all():
-        raise UndefinedMetricError("a score is not finite")
-    weights, regions = zip(*map(_region_weights, masks), strict=True) if len(masks) else ((), ())
+    if np.isinf(scores).any():
+        raise UndefinedMetricError("a score is infinite")
+    inspected = ~np.isnan(scores)
+    if not inspected.all():
+        masks = [mask & ~np.isnan(anomaly_map) for anomaly_map, mask in zip(maps, masks, strict=True)]
+    weights, regions = zip(*map(_region_weights, masks), strict=True) if len(masks) > 0 else ((), ())
     defect = _joined(masks, np.bool_)
-    sums = np.stack([~defect, defect, _joined(weights, np.float64)])
-    return PixelCounts(_ordered_bits(scores), sums, sum(regions), max_keys=max_keys)._merged()
+    sums = np.stack([~defect, defect, _joined(weights, np.float64)])[:, inspected]
+    return PixelCounts(_ordered_bits(scores[inspected]), sums, sum(regions), max_keys=max_keys)._merged()
 
 
 def _ordered_bits(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:

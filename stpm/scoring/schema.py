@@ -40,6 +40,7 @@ MANIFEST = pa.schema(
         _field("category", pa.string(), "category, whose model scores the image"),
         _field("label", pa.string(), 'ground truth: "good" or a defect type, "" if unknown'),
         _field("mask", pa.string(), 'URI of the ground-truth mask, "" if there is none'),
+        _field("roi", pa.string(), 'URI of the region of interest of this image alone, "" if there is none'),
         *_ERROR,
         *_ARCHIVE_POSITION,
     ]
@@ -63,7 +64,13 @@ _STATISTICS = [
 ]
 
 DECODED = pa.schema(
-    [*MANIFEST, *_SIZE, *_STATISTICS, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")]
+    [
+        *MANIFEST,
+        *_SIZE,
+        *_STATISTICS,
+        _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row"),
+        _field("inspected", pa.large_binary(), "inspected pixels at model size, row by row, eight a byte; empty: all"),
+    ]
 )
 
 _SCORE = [
@@ -80,13 +87,15 @@ _SCORE = [
     ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
-    _optional("area", pa.float32(), "fraction of pixels whose anomaly exceeds the threshold, 0 to 1"),
+    _optional("area", pa.float32(), "fraction of inspected pixels whose anomaly exceeds the threshold, 0 to 1"),
     _optional("seed", pa.int32(), "seed of the model's recipe"),
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
 ]
 
 _RAW_MAP = _optional(
-    "anomaly_map", pa.large_binary(), "float32 at model size without padding, row by row, if asked for"
+    "anomaly_map",
+    pa.large_binary(),
+    "float32 at model size without padding, row by row, NaN where a pixel is not inspected, if asked for",
 )
 _HEATMAP_LEVELS = _field(
     "heatmap_levels", pa.large_binary(), "uint8 grey levels at model size without padding, row by row"
@@ -113,7 +122,7 @@ OUTPUT = pa.schema(
 
 
 # Columns of a user's table that scoring reads. All hold text.
-INPUT_COLUMNS = ("uri", "category", "label", "mask")
+INPUT_COLUMNS = ("uri", "category", "label", "mask", "roi")
 _RESERVED = frozenset(name for schema in (MANIFEST, SCORED, OUTPUT) for name in schema.names)
 
 

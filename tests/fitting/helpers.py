@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,21 +19,24 @@ from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.fusion import AnomalyMap
 from stpm.method.memory_bank import MemoryBank
+from stpm.method.preprocessing import Content
 from stpm.method.recipe import Recipe
 from stpm.method.scales import DistanceScale
+from tests.conftest import make_preprocessing
 
 FeaturesOf = Callable[..., TeacherFeatures]
 RAM = 2**30
-# Content boxes of nine images of 64 x 64 pixels, with and without padding.
-PADDED = np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32)
+# Where nine images lie in inputs of 64 x 64 pixels, with and without padding.
+PADDED = Content(np.array([[0, 16, 64, 48], [0, 0, 64, 64], [20, 0, 44, 64]] * 3, np.int32))
 
 
 def unpadded(pixels: np.ndarray) -> TrainingImages:
     """Make images that fill the input."""
-    content = np.array([[0, 0, pixels.shape[2], pixels.shape[1]]] * len(pixels), np.int32)
+    height, width = pixels.shape[1:3]
+    content = Content(np.array([[0, 0, width, height]] * len(pixels), np.int32))
     statistics = np.zeros((len(pixels), len(COMPARED)), np.float32)
     names = tuple(f"/good/{i}.png" for i in range(len(pixels)))
-    return TrainingImages(pixels, content, statistics, ("RGB",) * len(pixels), names)
+    return TrainingImages(pixels, content, statistics, ("RGB",) * len(pixels), names, make_preprocessing(height, width))
 
 
 def train_on(
@@ -80,4 +84,12 @@ def anomaly_maps(detector: Detector, images: TrainingImages, scales: Sequence[Di
 def select(images: TrainingImages, indices: Sequence[int] | Indices) -> TrainingImages:
     chosen = list(indices)
     modes, names = (tuple(each[i] for i in chosen) for each in (images.modes, images.names))
-    return TrainingImages(images.pixels[chosen], images.content[chosen], images.statistics[chosen], modes, names)
+    content = images.content[np.array(chosen)]
+    return dataclasses.replace(
+        images,
+        pixels=images.pixels[chosen],
+        content=content,
+        statistics=images.statistics[chosen],
+        modes=modes,
+        names=names,
+    )

@@ -94,7 +94,7 @@ def test_padding_is_as_bright_as_ever(images: TrainingImages, features_of: Featu
     original = type(features.teacher).inputs.__get__(features.teacher)
     features.brightened(np.arange(2), np.array([0.5, 0.5], np.float32))
     (pixels,) = seen
-    for before, after, (left, top, right, bottom) in zip(images.pixels, pixels, PADDED.tolist(), strict=False):
+    for before, after, (left, top, right, bottom) in zip(images.pixels, pixels, PADDED.boxes.tolist(), strict=False):
         inside = np.zeros(before.shape[:2], bool)
         inside[top:bottom, left:right] = True
         np.testing.assert_array_equal(after[~inside], before[~inside])

@@ -57,7 +57,7 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert heatmap_scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=5e-3)
     assert heatmap_scale.good_max == pytest.approx(pixels.max(), rel=1e-3, abs=5e-3)
-    boxes = images.content[held_out].tolist()
+    boxes = images.content[held_out].boxes.tolist()
     assert [each.total.shape for each in maps] == [(bottom - top, right - left) for left, top, right, bottom in boxes]
 
 
@@ -140,7 +140,7 @@ def test_a_student_that_knows_an_image_calibrates_like_one_that_does_not(
         return Distances(tuple(d / 2 for d in distances.student), distances.memory) if len(calls) > 1 else distances
 
     monkeypatch.setattr(Detector, "distances", lower)
-    twins = TrainingImages(*(np.array(each)[[*range(9), *held_out]] for each in dataclasses.astuple(features.images)))
+    twins = select(features.images, [*range(9), *held_out])
     doubled = TeacherFeatures(features.teacher, twins, RAM)
     known = [(detector.memory, held_out), (detector.memory, np.arange(9, 12))]
     scores, _, found = calibrate(detector, doubled, known, held_out)

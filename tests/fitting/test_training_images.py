@@ -108,7 +108,6 @@ def test_auto_size_reads_few_headers_and_ignores_broken_ones(
 
 
 BRIGHTNESS = COMPARED.index("brightness")
-FIT = make_preprocessing(256, 256, "fit")
 
 
 def with_sizes(*sizes: tuple[int, int], brightness: float = 100.0) -> TrainingImages:
@@ -117,21 +116,21 @@ def with_sizes(*sizes: tuple[int, int], brightness: float = 100.0) -> TrainingIm
     statistics[:, COMPARED.index("contrast")] = 0
     statistics[:, :2] = sizes
     statistics[:, BRIGHTNESS] = brightness + np.arange(len(sizes)) / len(sizes)
-    return dataclasses.replace(images, statistics=statistics)
+    return dataclasses.replace(images, statistics=statistics, preprocessing=make_preprocessing(256, 256, "fit"))
 
 
 def test_almost_black_images_and_copies_are_reported() -> None:
-    assert with_sizes(*[(1024, 1024)] * 20, (900, 1000)).find_problems(FIT) == []
-    (problem,) = with_sizes(*[(512, 512)] * 20, brightness=14.5).find_problems(FIT)
+    assert with_sizes(*[(1024, 1024)] * 20, (900, 1000)).find_problems() == []
+    (problem,) = with_sizes(*[(512, 512)] * 20, brightness=14.5).find_problems()
     assert problem.startswith("all images are almost black (mean brightness at most 15 of 255); if these are values")
     for column, value in ((BRIGHTNESS, 25.0), (COMPARED.index("contrast"), 1.5)):
         # One image is brighter, or has bright parts.
         dark = with_sizes(*[(512, 512)] * 20, brightness=14.5)
         dark.statistics[7, column] = value
-        assert dark.find_problems(FIT) == []
+        assert dark.find_problems() == []
     copied = with_sizes(*[(512, 512)] * 20)
     copied.statistics[[3, 5, 9]] = copied.statistics[4]
-    (problem,) = copied.find_problems(FIT)
+    (problem,) = copied.find_problems()
     assert problem == (
         "3 of 20 images (/good/4.png, /good/5.png, /good/9.png) are copies of others; remove them: the threshold "
         "counts each as a good image of its own"
@@ -143,9 +142,9 @@ def test_dark_and_blurred_images_are_named(name: str, what: str) -> None:
     images = with_sizes(*[(512, 512)] * 20)
     column = COMPARED.index(name)
     images.statistics[[2, 7], column] = np.array([0.55, 0.56]) * np.median(images.statistics[:, column])
-    assert images.find_problems(FIT) == []
+    assert images.find_problems() == []
     images.statistics[[2, 7], column] *= 0.8
-    (problem,) = images.find_problems(FIT)
+    (problem,) = images.find_problems()
     assert problem.startswith(f"2 of 20 images (/good/2.png, /good/7.png) are {what} beside the others")
 
 
@@ -156,7 +155,7 @@ def test_images_of_another_kind_of_pixels_are_named(tmp_path: Path, rng: np.rand
         wide = Image.fromarray(image.astype("u2") * 257) if pixels == "u2" else Image.fromarray(image).convert(pixels)
         wide.save(uris[number])
     images = load_images(uris, make_preprocessing(64), 2**30)
-    (problem,) = images.find_problems(make_preprocessing(64))
+    (problem,) = images.find_problems()
     assert problem == (
         f"4 of 9 images ({uris[1]}, {uris[4]}, {uris[6]}, and 1 more) are of another kind of pixels "
         "(I;16, LA, RGBA, L; most are RGB); save all alike"
@@ -164,7 +163,9 @@ def test_images_of_another_kind_of_pixels_are_named(tmp_path: Path, rng: np.rand
 
 
 def test_images_that_turn_are_reported() -> None:
-    wide, turning = make_preprocessing(192, 768, "fit"), with_sizes(*[(1600, 400)] * 12, *[(400, 1600)] * 8)
-    assert turning.scale_range(wide) == (192 / 1600, 768 / 1600)
-    (problem,) = turning.find_problems(wide)
+    turning = dataclasses.replace(
+        with_sizes(*[(1600, 400)] * 12, *[(400, 1600)] * 8), preprocessing=make_preprocessing(192, 768, "fit")
+    )
+    assert turning.scale_range() == (192 / 1600, 768 / 1600)
+    (problem,) = turning.find_problems()
     assert "the model sees them at 12% to 48% of their size" in problem

@@ -24,7 +24,7 @@ def test_backends_agree_on_anomaly_maps() -> None:
     pytest.importorskip("openvino", reason="openvino is not installed: its backend was not tried")
     student = build_seeded_backbone("test_resnet", (1, 2, 3), 0, zero_init_residual=False).net.state_dict()
     pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
-    content = make_preprocessing(64).content_boxes([(64, 64)] * 3)
+    content = make_preprocessing(64).content([(64, 64)] * 3)
     maps = []
     for teacher in (make_teacher("pytorch"), make_teacher("openvino")):
         detector = Detector.assemble(teacher, TINY, student, ())

@@ -204,8 +204,8 @@ def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
     [
         ([[1.0, 2.0]], [[False, False]], "no defective pixels"),
         ([[1.0, 2.0]], [[True, True]], "no good pixels"),
-        ([[1.0, float("nan")]], [[True, False]], "not finite"),
-        ([[1.0, float("inf")]], [[True, False]], "not finite"),
+        ([[1.0, float("nan")]], [[True, False]], "no good pixels"),
+        ([[1.0, float("inf")]], [[True, False]], "infinite"),
     ],
 )
 def test_an_undefined_metric_has_a_reason(maps: list[list[float]], masks: list[list[bool]], reason: str) -> None:

@@ -38,12 +38,13 @@ _WRITERS = 8
 
 
 class ManifestRow(NamedTuple):
-    """One image to score: `label` and `mask` are "" if unknown, `error` says why it cannot be scored."""
+    """One image to score: `label`, `mask` and `roi` are "" if unknown, `error` says why it cannot be scored."""
 
     image: ImageRef
     category: str
     label: str = ""
     mask: str = ""
+    roi: str = ""
     error: ImageError | None = None
 
 
@@ -60,7 +61,7 @@ def _image_ids(uris: Sequence[str]) -> Int64Array:
 def make_rows(rows: Sequence[ManifestRow]) -> pa.Table:
     """Make a table of schema MANIFEST."""
     uris = [as_utf8(row.image.uri) for row in rows]
-    texts = {name: [as_utf8(getattr(row, name)) for row in rows] for name in ("category", "label", "mask")}
+    texts = {name: [as_utf8(getattr(row, name)) for row in rows] for name in ("category", "label", "mask", "roi")}
     position = {
         "archive_start": [row.image.start for row in rows],
         "archive_length": [row.image.length for row in rows],
@@ -79,7 +80,10 @@ def labelled_rows(categories: Sequence[Category]) -> Iterator[pa.Table]:
     """Yield a table of manifest rows for the labelled test images of each category."""
     for category in categories:
         yield make_rows(
-            [ManifestRow(ImageRef(image.uri), category.name, image.label, image.mask) for image in category.test]
+            [
+                ManifestRow(ImageRef(image.uri), category.name, image.label, image.mask, image.roi)
+                for image in category.test
+            ]
         )
 
 

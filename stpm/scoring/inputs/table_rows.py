@@ -42,21 +42,22 @@ def _rows(part: pa.Table, first: int, uri: str, rule: CategoryRule, allowed: Seq
     """Make the rows of a part of a table. `first` is the number of its first row in the table."""
     folder, holds_images = uri.rsplit("/", 1)[0], "uri" not in part.schema.names
     rows = []
-    for number, (name, category, label, mask) in enumerate(tables.input_values(part), first):
+    for number, (name, category, label, mask, roi) in enumerate(tables.input_values(part), first):
         row_uri = f"{uri}#{number}"
-        image, path, mask_uri = ImageRef(row_uri, number, 1) if holds_images else ImageRef(row_uri), "", ""
+        image, path = ImageRef(row_uri, number, 1) if holds_images else ImageRef(row_uri), ""
+        mask_uri = roi_uri = ""
         try:
             if name:
                 image = ImageRef(resolve(name, folder))
             if name or holds_images:
                 path = image.path
-                mask_uri = resolve(mask, folder)
-                error = check_allowed([image.uri if name else "", mask_uri], allowed)
+                mask_uri, roi_uri = resolve(mask, folder), resolve(roi, folder)
+                error = check_allowed([image.uri if name else "", mask_uri, roi_uri], allowed)
             else:
                 error = ImageError("missing", "this row of the table has no uri")
         except UriError as problem:
             error = ImageError("not_allowed", str(problem))
         # A pattern describes image paths, and a row that names no image has none.
         chosen = category or (rule.category(path) if path else rule.fixed)
-        rows.append(ManifestRow(image, chosen, label, mask_uri, error))
+        rows.append(ManifestRow(image, chosen, label, mask_uri, roi_uri, error))
     return make_rows(rows)

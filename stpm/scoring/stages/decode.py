@@ -16,8 +16,10 @@ from stpm.data import decoding, image_files
 from stpm.data.decoding import DECODING_BYTES, MAX_BYTES, Decoded
 from stpm.data.image_files import ImageRef
 from stpm.data.image_statistics import NAMES
+from stpm.data.rois import read_roi
 from stpm.errors import ImageError
 from stpm.method.preprocessing import Preprocessing
+from stpm.method.roi import Roi
 from stpm.scoring import prometheus
 from stpm.scoring.options import IMAGE_SECONDS
 from stpm.scoring.progress import BatchReport, ProgressReporter
@@ -33,6 +35,8 @@ TASK_BYTES = _FETCHERS * image_files.SMALL_BYTES + MAX_BYTES + DECODING_BYTES
 
 T = TypeVar("T")
 Outcome = Decoded | ImageError
+# The bytes of an image, None if it is large, and its own region of interest, if it has one.
+Small = tuple[bytes | None, Roi | None]
 
 
 def times_repeated() -> int:
@@ -81,6 +85,7 @@ class Decode:
         decoded = [outcome if isinstance(outcome, Decoded) else None for outcome in outcomes]
         columns: dict[str, Any] = {name: batch[name] for name in MANIFEST.names} | error_columns(outcomes)
         columns["pixels"] = [image.pixels.data.cast("B") if image else b"" for image in decoded]
+        columns["inspected"] = [image.inspected if image else b"" for image in decoded]
         for name in ("width", "height", "bytes"):
             columns[name] = [getattr(image, name) if image else None for image in decoded]
         for name in NAMES:
@@ -98,10 +103,10 @@ class Decode:
         in_child = self._repetitions() >= _REPETITION_IN_CHILD
         waiting = iter([i for i in range(len(rows)) if i not in outcomes])
         # The row of each image that is being fetched, and when it is late.
-        fetches: dict[Future[bytes | None], tuple[int, float]] = {}
+        fetches: dict[Future[Small], tuple[int, float]] = {}
         while len(outcomes) < len(rows):
             for i in islice(waiting, self._fetchers - len(fetches)):
-                fetch = _in_thread(image_files.read_small, ImageRef.of_row(rows[i]))
+                fetch = _in_thread(_fetch_small, rows[i])
                 fetches[fetch] = i, time.monotonic() + self._seconds
             until_late = min(late for _, late in fetches.values()) - time.monotonic()
             done, _ = wait(fetches, max(until_late, 0.0), FIRST_COMPLETED)
@@ -116,15 +121,15 @@ class Decode:
                 outcomes[i] = timeout_error("fetch", self._seconds)
         return [outcomes[i] for i in range(len(rows))]
 
-    def _decode(self, row: Mapping[str, Any], fetch: Future[bytes | None], in_child: bool) -> Outcome:
+    def _decode(self, row: Mapping[str, Any], fetch: Future[Small], in_child: bool) -> Outcome:
         preprocessing = self._preprocessing[row["category"]]
         try:
-            data = fetch.result()
+            data, roi = fetch.result()
             if data is None:
                 data = self._in_time("fetch", _in_thread(image_files.read, ImageRef.of_row(row)))
             if in_child:
                 check_in_child(data, preprocessing, self._seconds)
-            return self._in_time("decode", _in_thread(decoding.decode, data, preprocessing))
+            return self._in_time("decode", _in_thread(decoding.decode, data, preprocessing, roi))
         except ImageError as error:
             # Without its traceback, which would keep the file's bytes as long as the error.
             return ImageError(error.kind, str(error))
@@ -134,6 +139,10 @@ class Decode:
         if not result.done():
             raise timeout_error(step, self._seconds)
         return result.result()
+
+
+def _fetch_small(row: Mapping[str, Any]) -> Small:
+    return image_files.read_small(ImageRef.of_row(row)), read_roi(row["roi"]) if row["roi"] else None
 
 
 def _in_thread(function: Callable[..., T], *arguments: object) -> Future[T]:

@@ -46,7 +46,7 @@ _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
 
 # The columns of DECODED that the scorer reads, beside the pixels.
-_READ = ("uri", "category", "width", "height", "error_kind", "error_message")
+_READ = ("uri", "category", "width", "height", "inspected", "error_kind", "error_message")
 
 # A row of DECODED: the columns above, and "pixels", which stay in Arrow's memory.
 Row = Mapping[str, Any]
@@ -219,26 +219,24 @@ class Scorer:
         features = teacher(inputs)
         outcomes: list[Outcome] = []
         for category, group in groupby(images, key=lambda image: image["category"]):
-            sizes = [(image["width"], image["height"]) for image in group]
-            part = slice(len(outcomes), len(outcomes) + len(sizes))
+            chosen = list(group)
+            part = slice(len(outcomes), len(outcomes) + len(chosen))
             outcomes += self._score_category(
-                category, tuple(view[part] for view in inputs), sizes, [level[part] for level in features]
+                category, chosen, tuple(view[part] for view in inputs), [level[part] for level in features]
             )
         return outcomes
 
     def _score_category(
-        self,
-        category: str,
-        inputs: Inputs,
-        sizes: Sequence[tuple[int, int]],
-        features: Sequence[torch.Tensor],
+        self, category: str, images: Sequence[Row], inputs: Inputs, features: Sequence[torch.Tensor]
     ) -> Sequence[Outcome]:
         """Score images of one category. The detector is held no longer: the next one may need its memory."""
         try:
             detector = self._detectors.detector(category)
         except ImageError as error:
-            return [error] * len(sizes)
-        results = detector.score_inputs(inputs, sizes, self._options.false_alarm_rate, features)
+            return [error] * len(images)
+        sizes = [(image["width"], image["height"]) for image in images]
+        inspected = [image["inspected"] for image in images]
+        results = detector.score_inputs(inputs, sizes, self._options.false_alarm_rate, features, inspected)
         return [self._columns(result) for result in results]
 
     def _columns(self, result: Result) -> dict[str, Any]:
@@ -257,6 +255,7 @@ class Scorer:
             columns[name] = [empty if isinstance(each, ImageError) else each[name] for each in outcomes]
         if not self._output.overlay:
             columns["pixels"] = [b""] * len(outcomes)
+        columns["inspected"] = [b""] * len(outcomes)
         return with_passthrough(table(columns, SCORED), batch)
 
 

@@ -48,7 +48,7 @@ def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     store = ModelStore(str(root / "models"))
     digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
     category = mvtec.read_category(str(root / "data"), name)
-    task = FitTask(name, category.train, recipe, store.uri, digest)
+    task = FitTask(name, category.train, recipe, store.uri, digest, category.roi, category.rois)
     record = fit_category(task, SETTINGS, lambda event: None).record
     assert record
     # No scorer runs in the process of a fit, which keeps its teacher.

@@ -1,0 +1,45 @@
+"""Read regions of interest: of a mask's file, white where an image is inspected, or of polygons."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from stpm import storage
+from stpm.data import decoding
+from stpm.data.image_files import read_uri
+from stpm.errors import ConfigError, DataError, ImageError
+from stpm.method.roi import Roi
+
+_POLYGONS = re.compile(r"[-\d.,;\s]+")
+
+
+def read_roi(uri: str) -> Roi:
+    """Read the region of interest of one image.
+
+    Raises:
+        ImageError: if its mask cannot be read, or is black.
+    """
+    try:
+        return Roi.of_mask(np.asarray(decoding.open_grey(read_uri(uri))) > 0)
+    except ImageError as error:
+        raise ImageError(error.kind, f"its region of interest {uri}: {error}") from error
+    except ConfigError as error:
+        raise ImageError("unsupported", f"its region of interest {uri}: {error}") from error
+
+
+def parse_roi(text: str, image: str = "") -> Roi:
+    """Return what an option names: a mask's path or URI; or polygons, in pixels of images of the size of an image.
+
+    Without the path or URI of such an image, text that looks like polygons is a path, too.
+
+    Raises:
+        DataError: if it is neither, or cannot be read.
+    """
+    try:
+        if image and _POLYGONS.fullmatch(text):
+            return Roi.of_polygons(text, *decoding.read_size(storage.read_at_most(image, decoding.MAX_BYTES)))
+        return read_roi(storage.absolute(text))
+    except (ConfigError, ImageError) as error:
+        raise DataError(f"the region of interest {text!r}: {error}") from error

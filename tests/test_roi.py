@@ -1,0 +1,304 @@
+"""What lies outside of a region of interest changes nothing, and nothing there is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+import stpm
+from stpm import storage
+from stpm.data import mvtec
+from stpm.data.decoding import decode, decode_picture
+from stpm.data.heatmaps import resize_map
+from stpm.data.rois import parse_roi
+from stpm.errors import ConfigError, DataError, ImageError
+from stpm.evaluation.category import ScoredCategory, read_scores
+from stpm.fitting.fit_categories import read_categories
+from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.jobs.fit import run_fit
+from stpm.method.fusion import AnomalyMap
+from stpm.method.preprocessing import Preprocessing, Resize, unpack
+from stpm.method.recipe import Recipe
+from stpm.method.roi import Roi
+from stpm.metrics.category_metrics import measure_category
+from stpm.metrics.pixel_metrics import count_pixels
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
+from stpm.options import ClusterOptions
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import labelled_rows
+from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.output import RunOutput
+from stpm.scoring.stages.decode import Decode
+from tests.conftest import MODELS, make_preprocessing
+from tests.datasets import encode_image, make_category, write_rows
+from tests.scoring.stages.helpers import current_models, fit, scorer, write_heatmaps
+
+SHAPE = (48, 40)
+# The defects of `make_category` are in rows 10 to 26 and columns 8 to 24: half of each is inspected.
+MASK = np.zeros(SHAPE, bool)
+MASK[4:18, 6:34] = True
+MASK[:9, 20:34] = False
+
+
+def put_roi(root: Path, mask: np.ndarray = MASK, path: str = "roi.png") -> None:
+    storage.publish(str(root / "data/nut" / path), encode_image(mask.astype(np.uint8) * 255))
+
+
+def change_outside(root: Path, mask: np.ndarray = MASK) -> None:
+    """Give all pixels outside of the mask other values, in all images of a data set."""
+    rng = np.random.default_rng(7)
+    for file in [*root.glob("data/nut/t*/*/*.png")]:
+        pixels = np.asarray(Image.open(file)).copy()
+        pixels[~mask] = rng.integers(0, 255, pixels[~mask].shape, dtype=np.uint8)
+        file.write_bytes(encode_image(pixels))
+
+
+def score(root: Path) -> pa.Table:
+    """Score the labelled images as the stages of the score job do."""
+    rows = pa.concat_tables(labelled_rows([mvtec.read_category(str(root / "data"), "nut")]))
+    return scorer(root, raw_maps=True, overlays=True)(Decode({"nut": record(root).preprocessing})(rows))
+
+
+def record(root: Path) -> ModelRecord:
+    return current_models(ModelStore(str(root / "models")))["nut"]
+
+
+@pytest.mark.parametrize("resize", ["stretch", "fit", "crop"])
+def test_pixels_outside_change_no_model_no_row_and_no_metric(tmp_path: Path, any_model: Recipe, resize: Resize) -> None:
+    found = []
+    for root in (tmp_path / "one", tmp_path / "two"):
+        make_category(str(root / "data"), "nut", train=8)
+        put_roi(root)
+        if found:
+            change_outside(root)
+        fit(root, "nut", dataclasses.replace(any_model, resize=resize))
+        rows = score(root)
+        drawn = write_heatmaps(
+            rows, root / "run", overlays=True, heatmaps_in="parquet", preprocessing={"nut": record(root).preprocessing}
+        )
+        write_rows(RunOutput.single(str(root / "run")), drawn)
+        output = RunOutput.single(str(root / "run"))
+        scores = read_scores(ScoredCategory(output, "nut", record(root).preprocessing))
+        metrics = measure_category(scores)
+        model = record(root)
+        files = {name: file for name, file in model.files.items() if name not in ("fit.html", "history.parquet")}
+        columns = [name for name in drawn.column_names if name not in ("image_id", "uri", "mask", "bytes")]
+        found.append(((model.model_id, model.scored_by, files), drawn.select(columns).to_pylist(), metrics.values))
+    assert found[0] == found[1]
+    maps = [np.frombuffer(row["anomaly_map"], np.float32) for row in found[0][1]]
+    assert all(0.1 < np.isnan(each).mean() < 0.9 for each in maps)
+    # Half of each defect is seen, and the model can find it.
+    assert found[0][2]["pixel_auroc"] is not None
+
+
+def test_a_defect_outside_is_not_found_and_one_inside_is(tmp_path: Path) -> None:
+    make_category(str(tmp_path / "data"), "nut", train=8, good=4, defects=4)
+    outside = np.zeros(SHAPE, bool)
+    outside[30:] = True
+    for mask, is_found in ((outside, False), (~outside, True)):
+        put_roi(tmp_path, mask)
+        fit(tmp_path, "nut", MODELS["memory"])
+        rows = score(tmp_path).to_pylist()
+        good, defects = ([row["score"] for row in rows if (row["label"] == "good") is flag] for flag in (True, False))
+        assert (min(defects) > max(good)) is is_found
+        assert all(mask[row["peak_y"], row["peak_x"]] for row in rows)
+
+
+def test_an_image_has_a_region_of_its_own(tmp_path: Path) -> None:
+    make_category(str(tmp_path / "data"), "nut", train=8, good=1, defects=2)
+    own = np.zeros(SHAPE, bool)
+    # Inside of the box around the other.
+    own[9:16, 6:16] = True
+    put_roi(tmp_path)
+    for path in ("train/good/003", "test/square/001"):
+        put_roi(tmp_path, own, f"roi/{path}.png")
+    category = mvtec.read_category(str(tmp_path / "data"), "nut")
+    assert category.roi
+    assert (category.roi.mask == MASK).all()
+    assert [image for image, *_ in category.rois] == [category.train[3][0]]
+    # Not in the list of good images, nor of test images.
+    assert (len(category.train), len(category.test)) == (8, 3)
+    fit(tmp_path, "nut", MODELS["student and memory"])
+    rows = score(tmp_path).to_pylist()
+    assert [bool(row["roi"]) for row in rows] == [False, False, True]
+    for row in rows:
+        mask = own if row["roi"] else MASK
+        assert mask[row["peak_y"], row["peak_x"]]
+    # As in a table with a column `roi`.
+    table = tmp_path / "data/table.jsonl"
+    image = {"uri": "nut/test/square/001.png", "category": "nut", "roi": "nut/roi/test/square/001.png"}
+    table.write_text(json.dumps(image) + "\n" + json.dumps(image | {"uri": "nut/test/square/000.png", "roi": "no.png"}))
+    listed = pa.concat_tables(image_rows([str(table)], CategoryRule()))
+    first, second = scorer(tmp_path)(Decode({"nut": record(tmp_path).preprocessing})(listed)).to_pylist()
+    assert first["score"] == pytest.approx(rows[2]["score"], rel=1e-5)
+    assert (second["error_kind"], "no.png" in second["error_message"]) == ("missing", True)
+
+
+def test_a_change_of_the_region_fits_again(tmp_path: Path, fitted_keys: list[str]) -> None:
+    make_category(str(tmp_path / "data"), "nut", train=8)
+
+    def run(**options: str) -> Roi | None:
+        fitted_keys.clear()
+        options_ = FitOptions(data=str(tmp_path / "data"), models=str(tmp_path / "models"), **options)
+        assert run_fit(options_, MODELS["student"], WorkerOptions(), ClusterOptions(backend="pytorch")) == 0
+        return record(tmp_path).preprocessing.roi
+
+    assert (run(), len(fitted_keys)) == (None, 1)
+    put_roi(tmp_path)
+    found = run()
+    assert found
+    assert (found.mask == MASK).all()
+    assert fitted_keys
+    run()
+    assert not fitted_keys
+    polygon = run(roi="0,0 40,0 40,20 0,20")
+    assert polygon
+    assert polygon.mask[:20].all()
+    assert not polygon.mask[21:].any()
+    put_roi(tmp_path, MASK, "roi/train/good/001.png")
+    run(roi="0,0 40,0 40,20 0,20")
+    assert fitted_keys
+
+
+def test_a_region_of_another_size_is_an_error_that_says_both(tmp_path: Path) -> None:
+    make_category(str(tmp_path / "data"), "nut", train=8)
+    put_roi(tmp_path, np.ones((50, 40), bool))
+    with pytest.raises(AssertionError):
+        fit(tmp_path, "nut", MODELS["student"])
+    put_roi(tmp_path)
+    fit(tmp_path, "nut", MODELS["student"])
+    other = encode_image(np.zeros((44, 40, 3), np.uint8))
+    storage.publish(str(tmp_path / "data/nut/test/good/000.png"), other)
+    row = score(tmp_path).to_pylist()[0]
+    assert row["error_kind"] == "other_size"
+    assert "the image is 40×44, its region of interest 40×48" in row["error_message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no.png", "no such file"),
+        ("0,0 40,0", "has 2 points; a polygon needs three or more"),
+        ("0,0 40,0 90,90", "the point 90,90 is outside of the images, which are 40×48"),
+        ("0,0 1,,1 3,4", "is no polygon"),
+        (";", "no pixel is inside"),
+        ("black.png", "no pixel is inside; white pixels"),
+    ],
+)
+def test_what_is_no_region_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("black.png").write_bytes(encode_image(np.zeros(SHAPE, np.uint8)))
+    make_category("data", "nut", train=3)
+    categories, failures = read_categories(str(tmp_path / "data"), [], roi=text)
+    assert not categories
+    assert message in failures["nut"]
+    assert repr(text) in failures["nut"]
+
+
+def test_a_person_gives_a_region_in_python(tmp_path: Path) -> None:
+    make_category(str(tmp_path), "nut", train=8, defects=1)
+    put = tmp_path / "mask.png"
+    put.write_bytes(encode_image(MASK.astype(np.uint8)))
+    good = tmp_path / "nut/train/good"
+    one, other = (stpm.fit(good, MODELS["memory"], roi=roi, backend="pytorch", progress=False) for roi in (MASK, put))
+    result, same = (each.score(tmp_path / "nut/test/square/000.png") for each in (one, other))
+    assert result.score == same.score
+    assert np.isnan(result.anomaly_map[~MASK]).mean() > 0.9
+    assert not np.isnan(result.anomaly_map[MASK]).mean() > 0.1
+    assert not result.heatmap()[20:].any()
+    one.save(tmp_path / "models", "nut")
+    loaded = stpm.load(tmp_path / "models", "nut", backend="pytorch")
+    assert loaded.score(tmp_path / "nut/test/square/000.png").score == result.score
+    assert loaded.evaluate(tmp_path / "nut/test").values == one.evaluate(tmp_path / "nut/test").values
+    with pytest.raises(ConfigError, match="no pixel is inside"):
+        stpm.fit(good, roi=np.zeros(SHAPE, bool))
+    with pytest.raises(DataError, match="no such file"):
+        stpm.fit(good, roi="1,1 2,2 3,3")
+
+
+masks = st.builds(
+    lambda seed, sigma, quantile: (
+        (noise := gaussian_filter(np.random.default_rng(seed).normal(size=SHAPE), sigma))
+        >= np.quantile(noise, quantile)
+    ),
+    st.integers(0, 2**32),
+    st.floats(0, 9),
+    st.floats(0, 1),
+)
+
+
+@given(masks, st.sampled_from(["stretch", "fit", "crop"]), st.integers(0, 2**32))
+def test_decoding_sees_nothing_outside(mask: np.ndarray, resize: Resize, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    preprocessing: Preprocessing = dataclasses.replace(make_preprocessing(32, 64, resize), roi=Roi.of_mask(mask))
+    one = rng.integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
+    other = np.where(mask[:, :, None], one, rng.integers(0, 256, one.shape, dtype=np.uint8))
+    try:
+        first, second = (decode(Image.fromarray(pixels), preprocessing) for pixels in (one, other))
+    except ImageError as error:
+        # All of it is cropped away.
+        left, top, right, bottom = map(int, preprocessing.source_box(40, 48))
+        assert error.kind == "other_size"
+        assert not mask[top:bottom, left:right].any()
+        return
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    assert (first.statistics, first.inspected) == (second.statistics, second.inspected)
+    inside = unpack(first.inspected, preprocessing.input_shape)
+    assert inside.any()
+    left, top, right, bottom = preprocessing.content_box(40, 48)
+    inside[top:bottom, left:right] = False
+    assert not inside.any()
+
+
+@given(st.integers(0, 2**32), st.floats(0.1, 0.9), st.sampled_from([0.0, 2.0]), st.floats(0, 1))
+def test_scores_of_a_map_are_those_of_its_inspected_pixels(seed: int, share: float, sigma: float, top: float) -> None:
+    rng = np.random.default_rng(seed)
+    total = rng.normal(size=(13, 17)).astype(np.float32)
+    outside = rng.random(total.shape) < share
+    if outside.all():
+        return
+    whole = AnomalyMap(total).inspected(outside).smoothed(sigma)
+    other = AnomalyMap(np.where(outside, 99, total)).inspected(outside).smoothed(sigma)
+    np.testing.assert_array_equal(whole.total, other.total)
+    assert (np.isnan(whole.total) == outside).all()
+    values = np.sort(whole.total[~outside])[::-1]
+    assert whole.score(top) == pytest.approx(values[: max(round(top * len(values)), 1)].mean(dtype=np.float64))
+    assert whole.total[whole.peak] == values[0]
+    np.testing.assert_array_equal(np.sort(whole.values)[::-1], values)
+    # Pixels that are not inspected are not counted.
+    mask = rng.random(total.shape) < 0.5
+    counts = count_pixels([whole.total], [mask])
+    assert counts.sums[:2].sum(axis=1).tolist() == [(~mask & ~outside).sum(), (mask & ~outside).sum()]
+    assert (np.isnan(resize_map(whole.total, 26, 34)) == outside.repeat(2, 0).repeat(2, 1)).mean() > 0.7
+
+
+def test_pictures_for_people_are_paler_outside() -> None:
+    pixels = np.full((*SHAPE, 3), 100, np.uint8)
+    preprocessing = dataclasses.replace(make_preprocessing(64), roi=Roi.of_mask(MASK))
+    shown = decode_picture(encode_image(pixels), preprocessing, 14, 28)
+    # The box around the region, of 28 x 14 pixels.
+    assert shown[10, 4].tolist() == [100] * 3
+    assert shown[1, 24].tolist() == [208] * 3
+
+
+def test_polygons_and_files_are_read_alike(tmp_path: Path) -> None:
+    image, file = tmp_path / "image.png", tmp_path / "mask.png"
+    image.write_bytes(encode_image(np.zeros((*SHAPE, 3), np.uint8)))
+    file.write_bytes(encode_image(MASK.astype(np.uint8) * 255))
+    drawn = parse_roi("6,4 19,4 19,9 33,9 33,17 6,17", str(image))
+    assert drawn == parse_roi(str(file), str(image))
+    two = parse_roi("6,4 19,4 19,9 33,9 33,17 6,17; 0,40 5,40 5,47", str(image)).mask
+    assert (two[:20] == MASK[:20]).all()
+    assert two[40, 2]
