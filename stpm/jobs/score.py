@@ -72,7 +72,6 @@ def run_score(
                 output=RunOutput.single(folder, fence),
                 triage_images=collection.top,
                 cluster=cluster,
-                fdr=collection.fdr,
             )
             if collection.dry_run:
                 dry_run(run)
@@ -105,7 +104,3 @@ def _log_result(result: RunResult, output: RunOutput) -> None:
         f"{result.rows} rows in {output.scores}: {result.anomalous} anomalous, {result.error_count} with an error"
         f"{f' ({kinds})' if kinds else ''}"
     )
-    if found := result.discoveries:
-        log.info(found.describe())
-        if warning := found.warning():
-            log.warning(warning)

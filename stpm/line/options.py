@@ -139,13 +139,6 @@ class MonitoringOptions(Options):
 
     nights: int = option(30, "nights on nightly.html and in nightly.json, up to the latest one", minimum=1)
     top: int = option(50, "images on each night's triage.html, the page of the most anomalous ones", minimum=1)
-    fdr: float = option(
-        0.0,
-        "false discovery rate, 0 to 1: of the images that a night calls discoveries, at most this fraction is good on "
-        "average, over all its categories (Benjamini-Hochberg); 0: no discoveries",
-        minimum=0,
-        below=1,
-    )
     false_verdict_rate: float = option(
         0.05,
         "probability, 0 to 1, that of all categories in --nights nights any is called watch or act though nothing has "

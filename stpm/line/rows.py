@@ -35,8 +35,6 @@ class RowCounter:
         self.images = self.alarms = 0
         self.errors = Counter[str]()
         self.models = Counter[str]()
-        # Number of images by p-value, float32.
-        self.p_values = Counter[float]()
         self._ids = np.empty(0, np.int64)
         self._values = np.empty((0, len(_VALUES)), np.float32)
 
@@ -47,7 +45,6 @@ class RowCounter:
         self.alarms += pc.sum(scored["is_anomalous"]).as_py() or 0
         self.errors.update(rows.filter(pc.field("error_kind") != "")["error_kind"].to_pylist())
         self.models.update(scored["model_id"].to_pylist())
-        self.p_values.update(scored["p_value"].to_pylist())
         values = np.stack([scored[name].to_numpy() for name in _VALUES], axis=1, dtype=np.float32)
         self._ids = np.concatenate([self._ids, scored["image_id"].to_numpy()])
         self._values = np.concatenate([self._values, values])

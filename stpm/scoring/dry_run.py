@@ -47,7 +47,6 @@ def dry_run(run: ScoringRun) -> None:
             options=dataclasses.replace(run.options, accept_errors=True),
             output=dataclasses.replace(run.output, folder=folder, state_folder=folder),
             triage_images=0,
-            fdr=0.0,
         )
         result, _ = run_scoring(sample, start_over=True)
         written = storage.file_sizes(sample.output.scores) + storage.file_sizes(sample.output.heatmaps)

@@ -42,14 +42,6 @@ class CollectionOptions(Options):
     category_from: str = option("", CATEGORY_FROM_HELP)
     allow: Names = option(Names(), ALLOW_HELP)
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page", minimum=0)
-    fdr: float = option(
-        0.0,
-        "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
-        "average, over all its images and categories (Benjamini-Hochberg); `is_anomalous` still follows "
-        "--false-alarm-rate; 0: no discoveries",
-        minimum=0,
-        below=1,
-    )
     dry_run: bool = option(
         False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
     )

@@ -32,9 +32,8 @@ def check_again(images: list[str]) -> None:
     assert again.returncode == 0
     assert "all images of this run are scored already" in again.stdout
     assert written() == before
-    shorter = call_job("score", *SCORE, *images, "--top", "3", "--fdr", "0.5")
+    shorter = call_job("score", *SCORE, *images, "--top", "3")
     assert shorter.returncode == 0
-    assert "among 8 images at a false discovery rate of 0.5" in shorter.stdout
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
     assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
     other = call_job("score", *SCORE, *images, "--heatmaps", "none")

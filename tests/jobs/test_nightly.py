@@ -67,24 +67,6 @@ def test_a_night_is_scored_into_its_folder_and_reported(job: Nightly) -> None:
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
 
 
-def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
-    job.dump(DATE, "a", "b", "c", "d")
-    assert job() == 0
-    assert record(job).discoveries is None
-    job.dump(DATE, "late")
-    assert job(fdr=0.9) == 0
-    found = record(job).discoveries
-    assert found
-    assert found.images == 5
-    assert found.count == sum(row["p_value"] <= found.cut_off for row in job.rows()) > 0
-    assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
-    # Those of one run alone would be others.
-    folder = NightFolder.of(job.out, DATE)
-    assert not any(RunState(output.state_folder).result().discoveries for output in folder.manifests())
-    assert job() == 0
-    assert record(job).discoveries is None
-
-
 def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     job.dump(DATE, "a", "b")
     assert job() == 0
@@ -281,7 +263,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
     job.dump(DATE, "a", "b", "c")
     with monkeypatch.context() as patch:
         patch.setattr(ModelStore, "image_statistics", unreadable)
-        assert job(fdr=0.5) == 2
+        assert job() == 2
     night = record(job)
     assert (night.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
     assert night.categories["nut"].verdict is None

@@ -6,13 +6,11 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
@@ -32,7 +30,6 @@ from stpm.errors import (
 from stpm.jobs import score as score_job
 from stpm.jobs.models import run_models
 from stpm.jobs.score import run_score
-from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
 from stpm.models import libraries
 from stpm.models.options import ModelsOptions
@@ -224,23 +221,11 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
     assert {name for name in first if shorter[name] != first[name]} == {"triage.html", "run.json"}
 
 
-def test_discoveries_follow_the_rate_without_scoring_again(
-    score: Callable[..., dict[str, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = partial(RunState, str(tmp_path / "run"))
-    first = score(fdr=0.05)
-    assert state().result().discoveries == Discoveries(0.05, 2, 0.0, {}, 39, {"nut": 5})
-    assert "too few good images calibrate nut (5) for a false discovery rate of 0.05 over 2 images" in caplog.text
-    assert score(fdr=0.05) == first
-    other = score(fdr=0.2)
-    assert {name for name in first if other[name] != first[name]} == {"triage.html", "run.json"}
-    assert state().result().discoveries == Discoveries(0.2, 2, float(np.float32(0.1)), {"nut": 2}, 9, {"nut": 5})
-    assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
+def test_a_finished_run_whose_summaries_are_missing_starts_over(score: Callable[..., object], tmp_path: Path) -> None:
     score()
-    assert state().result().discoveries is None
     storage.remove(f"{tmp_path}/run/summaries/000000/000000.json")
     with pytest.raises(DataError, match=rf"/summaries are of 0 rows, .*; restore the files, or give .*{OR_FRESH}$"):
-        score(fdr=0.2)
+        score()
 
 
 def test_a_run_with_other_models_is_refused_or_started_over(

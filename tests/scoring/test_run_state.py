@@ -110,7 +110,6 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
     [
         ("result", {"statistics": {"image": 1}}),
         ("result.rows", "10"),
-        ("result.discoveries", 5),
         ("config", []),
         ("config.false_alarm_rate", "much"),
         ("models.nut", 1),
