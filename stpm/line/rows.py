@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -89,13 +90,11 @@ def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, RowCounter], t
 
 
 def _tables(outputs: Iterable[RunOutput]) -> Iterator[pa.Table]:
-    for output in outputs:
-        # One run may be partitioned, and another not: their schemas differ.
-        waiting: list[pa.RecordBatch] = []
-        for batch in read_batches(output, _COLUMNS):
-            waiting.append(batch)
-            if sum(each.num_rows for each in waiting) >= _BATCH:
-                yield pa.Table.from_batches(waiting)
-                waiting = []
-        if waiting:
+    waiting: list[pa.RecordBatch] = []
+    for batch in chain.from_iterable(read_batches(output, _COLUMNS) for output in outputs):
+        waiting.append(batch)
+        if sum(each.num_rows for each in waiting) >= _BATCH:
             yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)

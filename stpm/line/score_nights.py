@@ -175,14 +175,12 @@ def _runs_to_score(job: NightlyJob, folder: NightFolder) -> Iterator[ScoringRun]
 def _scoring_run(
     job: NightlyJob, folder: NightFolder, output: RunOutput, rows: Callable[[], Iterable[pa.Table]]
 ) -> ScoringRun:
-    # Partitioned as the night's first run, for all runs are one table.
-    partition_by = next((each.state.partition_by() for each in folder.outputs()), None) or job.output.partition_by
     return ScoringRun(
         rows=rows,
         config=ScoringConfig(
             images=job.sources(folder.date),
             false_alarm_rate=job.scoring.false_alarm_rate,
-            output=replace(job.output, partition_by=partition_by),
+            output=job.output,
             category=job.options.category,
             category_from=job.options.category_from,
             allow=tuple(job.options.allow),

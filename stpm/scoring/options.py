@@ -10,7 +10,6 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]
-PartitionBy = Literal["none", "category"]
 
 IMAGE_SECONDS = 300.0
 
@@ -75,9 +74,6 @@ class OutputOptions(Options):
         "keep each anomaly map as float32 in the Parquet files: 4 bytes for each input pixel, 0.6 MB an image with "
         "preset default",
     )
-    partition_by: PartitionBy = option(
-        "none", "category: write the Parquet files of each category to a folder of their own, scores/category=<name>/"
-    )
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,7 @@ class ScoreOptions(Options):
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core", minimum=0)
     rows_per_file: int = option(
         512,
-        "rows that a task collects, at least, before it writes a Parquet file; with --raw-maps at most 64; "
-        "--partition-by category divides them into a file for each category",
+        "rows that a task collects, at least, before it writes a Parquet file; with --raw-maps at most 64",
         minimum=1,
     )
     segment_rows: int = option(

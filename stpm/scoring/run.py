@@ -112,8 +112,8 @@ def _score_segments(
     Returns:
         The sum of the summaries of all rows, and the progress at the end.
     """
-    output, options, segments = run.output, run.config.output, manifest.segments(run.output.manifest)
-    written = take_over(output, state, options, manifest, run.triage_images)
+    output, segments = run.output, manifest.segments(run.output.manifest)
+    written = take_over(output, state, manifest, run.triage_images)
     remove_leftovers(output, chain.from_iterable(summary.tasks for summary in written.values()))
     rows = manifest.rows - sum(summary.rows for summary in written.values())
     if rows < manifest.rows:
@@ -126,7 +126,7 @@ def _score_segments(
             if summary.rows < segment.rows:
                 if len(segments) > 1:
                     log.info(f"segment {segment.number + 1} of {len(segments)}")
-                shards = unwritten_shards(output, options, segment, summary)
+                shards = unwritten_shards(output, segment, summary)
                 try:
                     score_shards(run, shards, segment.number, models, progress, state)
                 except Exception as error:
@@ -135,7 +135,7 @@ def _score_segments(
                         with suppress(OSError):
                             storage.in_parallel(lambda shard: read_shard(shard.uri).num_rows, shards)
                     raise
-                summary = finish_segment(output, options, segment, run.triage_images)
+                summary = finish_segment(output, segment, run.triage_images)
             # The names of all tasks may be many.
             total = RowSummary.total([total, dataclasses.replace(summary, tasks=[])], 0)
         return total, progress.read()

@@ -15,7 +15,7 @@ from stpm.lease import Fence, check
 from stpm.method.arithmetic import Arithmetic
 from stpm.models.libraries import installed_versions
 from stpm.records import convert, parse_json
-from stpm.scoring.options import OutputOptions, PartitionBy
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_statistics import RunResult
 from stpm.times import timestamp
 
@@ -129,11 +129,6 @@ class RunState:
         """Return the rate that the run requested; None if there is no run to resume."""
         rate: float | None = self._check(float | None, self.record.config.get("false_alarm_rate"), "false_alarm_rate")
         return rate
-
-    def partition_by(self) -> PartitionBy | None:
-        """Return how the run's rows are partitioned; None if there is no run to resume."""
-        value: PartitionBy | None = self.record.config.get("partition_by")
-        return value and self._check(PartitionBy, value, "partition_by")
 
     def store_and_model_ids(self) -> tuple[str, dict[str, str]]:
         """Return the URI of the model store, and the model id of each category.

@@ -398,13 +398,11 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
 
 
 def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
-    """The rows of a night are one table, which has the column `category` in the files or in their path."""
     job.dump(DATE, "a")
     assert job(rate=0.01) == 0
     job.dump(DATE, "late")
-    assert job(rate=0.05, output=OutputOptions(partition_by="category", heatmaps="none")) == 0
+    assert job(rate=0.05, output=OutputOptions(heatmaps="none")) == 0
     runs = [RunState(output.state_folder) for output in NightFolder.of(job.out, DATE).outputs()]
-    assert [run.partition_by() for run in runs] == ["none", "none"]
     config = json.loads(storage.read(runs[1].uri))["config"]
     assert (config["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
     assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
