@@ -90,7 +90,7 @@ class TopImage:
 
 @dataclass(frozen=True)
 class Night:
-    """The contents of night.json: one night of all categories, and the mark that this job wrote the night's folder.
+    """The contents of night.json: one night of all categories.
 
     Args:
         date: such as 2026-11-24, as in the folder's name.

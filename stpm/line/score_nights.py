@@ -94,9 +94,6 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                     for run in _runs_to_score(job, folder):
                         if not storage.exists(job.store.uri):
                             raise NoModelError(f"{job.store.uri}: no models here; fit them first, or see --models")
-                        if not folder.read():
-                            # The record shows that this job wrote the folder; --keep-days removes no other.
-                            folder.write(job.empty_night(date))
                         # Not made for nights without new images, and kept for all others.
                         connection.enter_context(connected())
                         log.info(f"{date}, run {run.output.name}: scoring into {folder.uri}")

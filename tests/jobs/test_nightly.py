@@ -339,21 +339,6 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
     assert "503 Slow Down %FF" in storage.read(f"{job.out}/nightly.html").decode()
 
 
-def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
-    old = DATE - datetime.timedelta(days=10)
-    job.dump(old, "a", "b")
-    job.dump(DATE, "c")
-    assert job(old) == 0
-    mine = f"{NightFolder.of(job.out, old).uri}/scores/notes.txt"
-    storage.publish(mine, b"mine")
-    assert job(AFTER, keep_days=7) == 3
-    assert record(job, old).images == 2
-    assert job(DATE, keep_days=7) == 0
-    assert storage.files(f"{job.out}/date={old}") == [mine]
-    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
-    assert [night["date"] for night in nights] == ["2026-11-24", "2026-11-25"]
-
-
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
     job: Nightly, fresh: bool, monkeypatch: pytest.MonkeyPatch
@@ -408,9 +393,7 @@ def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
     assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
 
 
-def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
-    job: Nightly, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_many_errors_are_exit_code_2(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
     job.dump(DATE, "a", "b", "c", "bad")
     assert job(max_error_rate=0.2) == 2
     message = "1 of 4 images are errors, more than --max-error-rate 0.2: see error_kind in the rows"
@@ -419,9 +402,6 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
     caplog.clear()
     assert job(max_error_rate=0.25) == 0
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
-    monkeypatch.setattr(nightly, "remove_nights_before", Mock(side_effect=OSError("read-only")))
-    assert job(max_error_rate=0.25, keep_days=30) == 2
-    assert "old nights are not all removed: read-only" in caplog.text
 
 
 def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
