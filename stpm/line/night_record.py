@@ -111,8 +111,8 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
         references |= dict.fromkeys(models, as_utf8(str(error)))
         problem = problem or as_utf8(str(error))
     # What the first run requested.
-    rates = [output.state.false_alarm_rate() for output in outputs]
-    rate = next((each for each in rates if each is not None), job.scoring.false_alarm_rate)
+    configs = (output.state.record.config for output in outputs)
+    rate = next((config.false_alarm_rate for config in configs if config), job.scoring.false_alarm_rate)
     counters = {name: rows.get(name) or RowCounter() for name in models}
     samples = {name: counter.sample() for name, counter in counters.items()}
     categories = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,9 +39,10 @@ def evaluate(**options: str) -> int:
 
 def finish_run(output: RunOutput, model_id: str, store: str) -> None:
     """Write the state of a finished run of the category `nut`."""
-    run = {"config": {}, "models": {"nut": model_id}, "store": store, "result": dataclasses.asdict(RunResult())}
-    storage.publish(f"{output.state_folder}/run.json", json.dumps(run).encode())
-    storage.publish(f"{output.state_folder}/_SUCCESS", b"")
+    state = RunState(output.state_folder)
+    state.start(ScoringConfig((), 0.01))
+    state.bind_models({"nut": model_id}, store)
+    state.finish(RunResult())
 
 
 def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
     assert job(rate=0.05, output=OutputOptions(heatmaps="none")) == 0
     runs = [RunState(output.state_folder) for output in NightFolder.of(job.out, DATE).outputs()]
     config = json.loads(storage.read(runs[1].uri))["config"]
-    assert (config["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
+    assert (config["output"]["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
     assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
 
 
