@@ -30,7 +30,7 @@ _AVERAGED = ("fit_seconds", "train_loss", "validation_loss", "expected_false_ala
 _METRIC_TYPES = {
     "category": pa.string(),
     "seed": pa.int64(),
-    **dict.fromkeys((*METRICS, "pixel_error"), pa.float64()),
+    **dict.fromkeys(METRICS, pa.float64()),
     **dict.fromkeys(_IMAGE_COUNTS, pa.int64()),
 }
 _DEFECTS_SCHEMA = pa.schema({**_METRIC_TYPES, "defect": pa.string()})
@@ -79,7 +79,6 @@ class CategoryResult:
             "seed": self.model.recipe.seed,
             **metrics.values,
             **{f"{name}_interval": metric.interval for name, metric in metrics.metrics.items() if metric.interval},
-            "pixel_error": metrics.pixel_error,
             **{name: getattr(metrics, name) for name in _IMAGE_COUNTS},
         }
 
@@ -223,7 +222,7 @@ class Report:
             "mask_threshold": "above 0",
             "aupro": f"8-connected regions, false positive rate up to {AUPRO_LIMITS['pixel_aupro']}; "
             f"pixel_aupro_05 up to {AUPRO_LIMITS['pixel_aupro_05']}",
-            "pixel_metrics": "from counts by score; pixel_error bounds the difference to the exact metrics",
+            "pixel_metrics": "from counts by score, exact up to 131,072 distinct scores",
             "intervals": f"{CONFIDENCE:.0%}, over test sets of this size: bootstrap within good and defective images; "
             "of fractions, Wilson's",
             "versions": installed_versions(),
