@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -56,29 +56,6 @@ def draw_charts(scores: LabelledScores, salt: str) -> dict[str, str]:
         "Scores of test images": partial(_draw_histogram, scores=scores) if len(scores.scores) else None,
     }
     return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items() if draw}
-
-
-def draw_thresholds(
-    scores: Scores, thresholds: Sequence[float], current: float, defects: Scores | None, salt: str
-) -> str:
-    """Draw which part of the calibration scores, and of labelled defects, is above each score, as SVG.
-
-    Dots are some thresholds, and the dashed line is the current one. The salt is as in `draw_charts`.
-    """
-
-    def draw(axes: Axes) -> None:
-        lowest = min(*thresholds, *(values.min() for values in (scores, defects) if values is not None))
-        for name, values in {"good images": scores, "labelled defects": defects}.items():
-            if values is not None:
-                x = [lowest, *np.sort(values)]
-                axes.step(x, 100 * np.arange(len(values), -1, -1) / len(values), where="post", label=name)
-        above = [100 * float((scores > np.float32(each)).mean()) for each in thresholds]
-        axes.plot(thresholds, above, "o", color=_INK, markersize=3, label="thresholds")
-        axes.axvline(current, color=_INK, linestyle="--", linewidth=1, label="in force")
-        axes.set(xlabel="score", ylabel="images above, %")
-        axes.legend(fontsize=7)
-
-    return _svg(draw, salt)
 
 
 def roc_curves(scores: LabelledScores) -> dict[str, Curve]:

@@ -17,13 +17,11 @@ from stpm.console import log_lines
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, ModelDamagedError, ModelError
 from stpm.evaluation.category import ScoredCategory
-from stpm.evaluation.charts import draw_thresholds
 from stpm.method.calibration import log_normal_limit, promised_rates
 from stpm.metrics.intervals import Scores, wilson_interval
 from stpm.models.options import ModelsOptions
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.pages import render
 from stpm.scoring.output import RunOutput
 
 # Thresholds of a category that are listed, at most; and that which is in force.
@@ -97,19 +95,15 @@ class CategoryThresholds:
             promise += " A third number is a guess, as if scores were log-normal: the images are too few for that rate."
         return list(filter(None, [decided, promise, self.note]))
 
-    def chart(self) -> str:
-        """Draw the thresholds on the curve of the calibration scores, as SVG."""
-        return draw_thresholds(self.scores, self.listed, self.current, self.defects, self.model.category)
-
 
 def show_thresholds(store: ModelStore, categories: Sequence[str], options: ModelsOptions) -> set[str]:
-    """Log the thresholds of some categories, and write their page, if one is wanted; return the categories that failed.
+    """Log the thresholds of some categories, and return the categories that failed.
 
     Raises:
         DataError: if there is no labelled run.
     """
     runs = RunOutput.find_all(storage.absolute(options.labelled)) if options.labelled else []
-    tables, failed = [], set()
+    failed = set()
     for category in categories:
         try:
             record = store.record(category)
@@ -121,14 +115,9 @@ def show_thresholds(store: ModelStore, categories: Sequence[str], options: Model
             continue
         current = record.threshold(scores, options.false_alarm_rate)
         table = CategoryThresholds(record, scores, current, defects, note)
-        tables.append(table)
         log_lines(f"{category}\n{tabulate(table.rows, 'keys', disable_numparse=True, stralign='right')}")
         for line in table.remarks:
             log.info(line)
-    if options.page:
-        page = storage.absolute(options.page)
-        storage.publish(page, render("evaluation/thresholds.html", tables=tables).encode())
-        log.info(f"the thresholds and a picture of them are in {page}")
     return failed
 
 

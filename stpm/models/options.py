@@ -41,7 +41,6 @@ class ModelsOptions(Options):
     )
     false_alarm_rate: float = option(0.01, "rate whose thresholds are listed, 0 to 1", above=0, below=1)
     thresholds: bool = option(False, "list the false alarms to expect at other thresholds")
-    page: str = option("", "HTML file for them and a picture: a path or a URI")
     labelled: str = option(
         "", "run folder for the recall at them: all of its images have a label, or a random part, not its alarms alone"
     )
