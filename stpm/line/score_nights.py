@@ -42,6 +42,7 @@ from stpm.scoring.inputs.manifest import read_shard
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resume import read_models
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
@@ -129,25 +130,12 @@ def _remove_rows(job: NightlyJob, folder: NightFolder) -> None:
         if not categories:
             raise DataError(f"there are no images in {', '.join(job.sources(folder.date))}: {kept}")
         try:
-            problems = storage.in_parallel(partial(_missing_model, job.store), sorted(categories))
+            read_models(job.store, sorted(categories))
         except ModelError as error:
             raise DataError(f"{error}: {kept}") from error
-        if all(problems):
-            raise DataError(f"{join_first(problems)}: {kept}")
     if storage.exists(folder.record):
         folder.write(job.empty_night(folder.date))
     folder.remove_runs()
-
-
-def _missing_model(store: ModelStore, category: str) -> str:
-    """Say why a category has no model, "" if it has one. Raise ModelError if that model cannot be read."""
-    if not category:
-        return "images have no category; see --category and --category-from"
-    try:
-        store.record(category)
-    except (NoModelError, DataError) as error:
-        return str(error)
-    return ""
 
 
 def _runs_to_score(job: NightlyJob, folder: NightFolder) -> Iterator[ScoringRun]:
