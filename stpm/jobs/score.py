@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import IO
-
-import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
@@ -21,7 +16,7 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows, stored_list
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import run_scoring
@@ -46,15 +41,15 @@ def run_score(
         DataError, ModelError: if the images or the models cannot be read.
     """
     folder = storage.output_folder(collection.out)
-    sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
-    uris = [collection.models, folder, *collection.allow, *(s for s in sources if s != STANDARD_INPUT)]
-    with on_cluster(cluster, uris):
+    sources = tuple(map(storage.absolute, collection.images))
+    with on_cluster(cluster, [collection.models, folder, *collection.allow, *sources]):
         if cluster.plan:
             log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
         # A dry run writes to a folder of its own.
         lease = nullcontext() if collection.dry_run else hold_lease(folder, collection.wait)
-        with lease as fence, stored_list(sys.stdin if STANDARD_INPUT in sources else ()) as (lines, digest):
+        with lease as fence:
+            rule = CategoryRule(collection.category, collection.category_from)
             config = ScoringConfig(
                 images=sources,
                 false_alarm_rate=scoring.false_alarm_rate,
@@ -62,10 +57,9 @@ def run_score(
                 category=collection.category,
                 category_from=collection.category_from,
                 allow=tuple(collection.allow),
-                standard_input=digest,
             )
             run = ScoringRun(
-                rows=partial(_manifest_rows, config, lines),
+                rows=partial(image_rows, sources, rule, collection.allow),
                 config=config,
                 store=ModelStore(collection.models),
                 options=scoring,
@@ -89,11 +83,6 @@ def run_score(
         log.error(reason)
         return SOME_FAILED
     return ALL_DONE
-
-
-def _manifest_rows(config: ScoringConfig, lines: IO[str]) -> Iterator[pa.Table]:
-    lines.seek(0)
-    return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
 
 
 def _log_result(result: RunResult, output: RunOutput) -> None:

@@ -30,9 +30,8 @@ class CollectionOptions(Options):
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth for images and .tar "
         "archives), globs, .tar archives, tables (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns "
-        "are copied to the output), .parquet files with the images themselves in a column `image` or `bytes`, or - for "
-        "a URI per line on standard input. The name of an existing file or folder is never read as "
-        "a glob; write [[], [*] and [?] for the characters "
+        "are copied to the output), or .parquet files with the images themselves in a column `image` or `bytes`. The "
+        "name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
         "themselves",
         required=True,
     )

@@ -31,7 +31,6 @@ class ScoringConfig:
         category_from: pattern of the images' paths, or "".
         allow: prefixes that the URIs in a table may have.
         manifest: digest of the images, if they do not come from sources.
-        standard_input: number of lines and digest, if a list of images was read there.
     """
 
     images: tuple[str, ...]
@@ -41,7 +40,6 @@ class ScoringConfig:
     category_from: str = ""
     allow: tuple[str, ...] = ()
     manifest: str = ""
-    standard_input: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ import pyarrow as pa
 import pytest
 
 from stpm.scoring.dry_run import describe_estimate, sample_evenly
-from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import write_manifest
-from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.run_statistics import RunResult, RunStatistics
+from tests.scoring.inputs.helpers import list_rows
 
 
 @pytest.mark.parametrize(("size", "expected"), [(5, [0, 6, 12, 17, 23]), (100, list(range(24)))])
 def test_a_sample_is_spread_evenly_over_all_shards(tmp_path: Path, size: int, expected: list[int]) -> None:
     lists = [[f"{tmp_path}/{i:03}.png" for i in range(n, n + 8)] for n in (0, 8, 16)]
-    chunks = [next(image_rows(["-"], CategoryRule("nut"), (), lines)) for lines in lists]
+    chunks = [list_rows(uris) for uris in lists]
     folder = str(tmp_path / "manifest")
     images = write_manifest(chunks, folder, segment_rows=10)
     assert images.rows == 24
