@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from functools import partial
 
 from stpm import storage
@@ -14,7 +13,6 @@ from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
@@ -46,30 +44,24 @@ def run_score(
         if cluster.plan:
             log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
-        # A dry run writes to a folder of its own.
-        lease = nullcontext() if collection.dry_run else hold_lease(folder, collection.wait)
-        with lease as fence:
+        with hold_lease(folder, collection.wait) as fence:
             rule = CategoryRule(collection.category, collection.category_from)
-            config = ScoringConfig(
-                images=sources,
-                false_alarm_rate=scoring.false_alarm_rate,
-                output=output,
-                category=collection.category,
-                category_from=collection.category_from,
-                allow=tuple(collection.allow),
-            )
             run = ScoringRun(
                 rows=partial(image_rows, sources, rule, collection.allow),
-                config=config,
+                config=ScoringConfig(
+                    images=sources,
+                    false_alarm_rate=scoring.false_alarm_rate,
+                    output=output,
+                    category=collection.category,
+                    category_from=collection.category_from,
+                    allow=tuple(collection.allow),
+                ),
                 store=ModelStore(collection.models),
                 options=scoring,
                 output=RunOutput.single(folder, fence),
                 triage_images=collection.top,
                 cluster=cluster,
             )
-            if collection.dry_run:
-                dry_run(run)
-                return ALL_DONE
             with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
                 result, models = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:

@@ -40,9 +40,6 @@ class CollectionOptions(Options):
     category_from: str = option("", CATEGORY_FROM_HELP)
     allow: Names = option(Names(), ALLOW_HELP)
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page", minimum=0)
-    dry_run: bool = option(
-        False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
-    )
     fresh: bool = option(
         False, "remove what earlier runs wrote to the run folder, and score all images again with the current models"
     )
