@@ -187,7 +187,7 @@ def measure(compared: ComparedImages, normal: ComparedImages, detector: Detector
         counts += count_pixels([each.total for each in maps], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
     if any(mask.any() for mask in compared.truth):
-        values[1:] = counts.auroc().value, counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
+        values[1:] = counts.auroc(), counts.aupro(AUPRO_LIMITS["pixel_aupro"])
     values.append(recall(np.array(scores), compared.is_defect))
     return [value and round(value, 4) for value in values]
 

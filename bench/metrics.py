@@ -52,5 +52,5 @@ def map_metrics(
             mask = read_mask(test.mask)
             masks.append(np.zeros(each.shape, bool) if mask is None else resize_mask(mask, preprocessing))
         counts += count_pixels(batch, masks)
-    aupro = counts.aupro(AUPRO_LIMITS["pixel_aupro"]).value
-    return MapMetrics(image_auroc, counts.auroc().value, aupro)
+    aupro = counts.aupro(AUPRO_LIMITS["pixel_aupro"])
+    return MapMetrics(image_auroc, counts.auroc(), aupro)

@@ -53,7 +53,7 @@ from stpm.scoring import pipeline
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Manifest, Segment, read_manifest, write_manifest
 from stpm.scoring.inputs.sources import image_rows
-from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import show_scoring_progress
 from stpm.scoring.ranked_rows import most_anomalous
@@ -211,7 +211,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
     def score() -> None:
         for segment in segments:
             pipeline.score_shards(run, segment.shards, segment.number, {}, progress, state)
-            finish_segment(output, OutputOptions(), segment, _TOP)
+            finish_segment(output, segment, _TOP)
 
     def to_first_block() -> None:
         with suppress(RayTaskError):
@@ -251,8 +251,8 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
         storage.publish(output.segment_summary(segment.number), summary.to_json())
 
     def act() -> None:
-        written = take_over(output.with_attempt(1), state, OutputOptions(), images, _TOP)
-        unwritten_shards(output.with_attempt(1), OutputOptions(), begun, written.get(begun.number, RowSummary()))
+        written = take_over(output.with_attempt(1), state, images, _TOP)
+        unwritten_shards(output.with_attempt(1), begun, written.get(begun.number, RowSummary()))
 
     measure(f"resume{fraction * 100:.0f}", images.rows, act, begun.rows)
 
@@ -265,7 +265,7 @@ def commit(output: RunOutput, images: Manifest) -> None:
 
     def act() -> None:
         for segment in segments:
-            finish_segment(output, OutputOptions(), segment, _TOP)
+            finish_segment(output, segment, _TOP)
         assert RowSummary.total(committed_summaries(output), _TOP).rows == images.rows
 
     measure("commit", images.rows, act)

@@ -243,9 +243,8 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     stop_on_signals()
     # Errors in the options are logged before the format that the options choose is known.
     start_logging(job.name, "text")
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = job(argv)
     except KeyboardInterrupt:

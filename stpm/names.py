@@ -12,12 +12,8 @@ from urllib.parse import quote
 
 from stpm.errors import DataError, UriError
 
-# The name of null in a folder `category=<name>` of a partitioned table.
-HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-
 # Bytes of a percent-encoded name in the name of a folder, which may have 255 on most filesystems.
-MAX_FOLDER_BYTES = 200
-
+_MAX_FOLDER_BYTES = 200
 _MAX_CHARACTERS = 128
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 # The last range has the surrogates that stand for bytes that are not UTF-8.
@@ -91,7 +87,7 @@ def safe_name(name: str, what: str) -> str:
 
     Raises:
         DataError: if it is empty, longer than 128 characters or than 200 bytes percent-encoded, starts or
-            ends with a dot or a space, is reserved on Windows, is Hive's name of null, is not UTF-8, or holds a control
+            ends with a dot or a space, is reserved on Windows, is not UTF-8, or holds a control
             character or one of `<>:"/\\|?*,`.
     """
     problem = None
@@ -103,10 +99,8 @@ def safe_name(name: str, what: str) -> str:
         problem = "starts or ends with a dot or a space"
     elif name.split(".", maxsplit=1)[0].lower() in _WINDOWS_RESERVED:
         problem = "is reserved on Windows"
-    elif name == HIVE_NULL:
-        problem = "means null in a partitioned table"
-    elif (length := len(quote(name, safe=""))) > MAX_FOLDER_BYTES:
-        problem = f"has {length} bytes percent-encoded, {MAX_FOLDER_BYTES} are allowed"
+    elif (length := len(quote(name, safe=""))) > _MAX_FOLDER_BYTES:
+        problem = f"has {length} bytes percent-encoded, {_MAX_FOLDER_BYTES} are allowed"
     if problem:
         raise DataError(f"{what} {name[:_MAX_CHARACTERS]!r} {problem}; rename it")
     return name

@@ -41,8 +41,8 @@ def test_a_command_line_becomes_dataclasses() -> None:
     assert recipe == dataclasses.replace(PRESETS["notebook"], epochs=3, teacher_weights="/w.pth")
     assert (pool.workers, log) == (2, "text")
     assert gate.require == ("mean.image_auroc=0.9", "nut.image_auroc=0.8", "a.image_recall=0")
-    words = ["--models", "m", "--images", "-", "--out", "o", "--images", "s3://b/c", "--category", "nut"]
-    assert COMMANDS["score"].parse(words)[0].images == ("-", "s3://b/c")
+    words = ["--models", "m", "--images", "a", "--out", "o", "--images", "s3://b/c", "--category", "nut"]
+    assert COMMANDS["score"].parse(words)[0].images == ("a", "s3://b/c")
 
 
 def test_the_command_line_wins_over_the_environment_and_the_preset(

@@ -10,7 +10,7 @@ from stpm.names import as_utf8, check_no_secret, hide_urls, is_utf8, other_form,
 UNSAFE = [
     *(f"a{character}b" for character in '<>:"/\\|?*,\0\n\x7f\udcff'),
     *("", ".", "..", ".x", "a.", "a ", " a"),
-    *("CON", "nul.txt", "__HIVE_DEFAULT_PARTITION__"),
+    *("CON", "nul.txt"),
     *("x" * 129, "é" * 34),
 ]
 

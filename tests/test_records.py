@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stpm.lease import Holder
 from stpm.line.night import CategoryNight, Night
-from stpm.method.false_discovery import Discoveries
+from stpm.method.arithmetic import Arithmetic
 from stpm.models.versions import Version, Versions
 from stpm.records import convert, from_json, to_json
 from stpm.scoring.inputs.manifest import Manifest
@@ -22,11 +22,10 @@ from stpm.scoring.run_statistics import CategoryCounts, RunResult
 from tests.evaluation.runs import result
 
 COUNTS = {"nut": CategoryCounts(rows=2, anomalous=1, errors=1)}
-DISCOVERIES = Discoveries(0.1, 2, 0.05, {"nut": 1})
 RECORDS = [
     Manifest(2, 0, ("nut",), (2,)),
-    RowSummary(COUNTS, {"empty": 1}, ["a.png: empty"], {"nut": {0.25: 1}}, 9, 3, [RankedImage(0.5, -7, "task")]),
-    RunResult(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS, discoveries=DISCOVERIES),
+    RowSummary(COUNTS, {"empty": 1}, ["a.png: empty"], 9, 3, [RankedImage(0.5, -7, "task")]),
+    RunResult(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS),
     Versions(Version("nut-1", "f"), (Version("nut-0", "e"),)),
     Night(
         "2026-11-24",
@@ -99,7 +98,7 @@ def test_other_bytes_are_an_error_in_one_line(content: bytes) -> None:
         (RankedImage, [0.5, 1]),
         (RankedImage, []),
         (RankedImage, [0.5, "1", "task"]),
-        (Discoveries | None, 5),
+        (Arithmetic | None, 5),
         (int, True),
         (int, 5.0),
         (float, "0.5"),

@@ -15,7 +15,7 @@ from stpm import storage
 from stpm.errors import join_first
 from stpm.evaluation.gallery import Gallery
 from stpm.evaluation.options import MasksAt
-from stpm.evaluation.summary import escape_markdown, headline, metric_rows, summary_rows, write_table
+from stpm.evaluation.summary import headline, metric_rows, summary_rows, write_table
 from stpm.evaluation.threshold import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
@@ -30,7 +30,7 @@ _AVERAGED = ("fit_seconds", "train_loss", "validation_loss", "expected_false_ala
 _METRIC_TYPES = {
     "category": pa.string(),
     "seed": pa.int64(),
-    **dict.fromkeys((*METRICS, "pixel_error"), pa.float64()),
+    **dict.fromkeys(METRICS, pa.float64()),
     **dict.fromkeys(_IMAGE_COUNTS, pa.int64()),
 }
 _DEFECTS_SCHEMA = pa.schema({**_METRIC_TYPES, "defect": pa.string()})
@@ -79,7 +79,6 @@ class CategoryResult:
             "seed": self.model.recipe.seed,
             **metrics.values,
             **{f"{name}_interval": metric.interval for name, metric in metrics.metrics.items() if metric.interval},
-            "pixel_error": metrics.pixel_error,
             **{name: getattr(metrics, name) for name in _IMAGE_COUNTS},
         }
 
@@ -170,19 +169,9 @@ class Report:
 
     def text(self) -> str:
         """Make the text that is printed: the table and headline, undefined metrics, notes, failures."""
-        lines = [write_table(summary_rows(self._rows()), "simple"), self.contents["headline"], *self._remarks()]
+        failed = (f"{failure.category}: failed: {failure.reason}" for failure in self.failures)
+        lines = [write_table(summary_rows(self._rows())), self.contents["headline"], *self.notes, *failed]
         return "\n".join(filter(None, lines))
-
-    def markdown(self) -> str:
-        """Make report.md: the same, and what the values mean."""
-        protocol = self.contents["protocol"]
-        meaning = (
-            f"Seeds {', '.join(map(str, self.seeds)) or 'none'}; "
-            f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
-            f"AUPRO: {protocol['aupro']}."
-        )
-        parts = [escape_markdown(self.contents["headline"]), write_table(summary_rows(self._rows()), "pipe"), meaning]
-        return "\n\n".join([*parts, *(f"- {escape_markdown(line)}" for line in self._remarks())]) + "\n"
 
     def page(self, shortfalls: Sequence[str] = ()) -> str:
         """Make report.html, with the charts and pictures of the first seed, and the shortfalls from the gate.
@@ -201,7 +190,7 @@ class Report:
         )
 
     def files(self) -> dict[str, bytes]:
-        """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
+        """Make report.json, report.parquet (a row per category and seed) and defects.parquet, by name."""
         results = [result for group in self.by_category.values() for result in group]
         rows = [result.row() for result in results]
         defect_rows = [row for result in results for row in result.defect_rows()]
@@ -209,16 +198,12 @@ class Report:
             "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
             "report.parquet": storage.encode_parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
             "defects.parquet": storage.encode_parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
-            "report.md": self.markdown().encode(),
         }
 
     def _rows(self) -> dict[str, dict[str, Any]]:
         """Return the values of each category and then of all: the means of metrics, and the sums of counts."""
         contents = self.contents
         return {**contents["categories"], "mean, sum": contents["mean"] | contents["sum"]} if self.results else {}
-
-    def _remarks(self) -> list[str]:
-        return [*self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
 
     def _std_of_mean(self, metric: str) -> float | None:
         """Compute the std over seeds of the mean over categories; None unless every category has every seed."""
@@ -237,7 +222,7 @@ class Report:
             "mask_threshold": "above 0",
             "aupro": f"8-connected regions, false positive rate up to {AUPRO_LIMITS['pixel_aupro']}; "
             f"pixel_aupro_05 up to {AUPRO_LIMITS['pixel_aupro_05']}",
-            "pixel_metrics": "from counts by score; pixel_error bounds the difference to the exact metrics",
+            "pixel_metrics": "from counts by score, exact up to 131,072 distinct scores",
             "intervals": f"{CONFIDENCE:.0%}, over test sets of this size: bootstrap within good and defective images; "
             "of fractions, Wilson's",
             "versions": installed_versions(),

@@ -10,10 +10,9 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.errors import ConfigError, WebhookError
+from stpm.errors import WebhookError
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
-from stpm.line.night_folder import remove_nights_before
 from stpm.line.night_record import update_records
 from stpm.line.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message
 from stpm.line.options import MonitoringOptions, NightlyOptions
@@ -68,15 +67,6 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     if reason := too_many_errors(night.error_count, night.images, job.options.max_error_rate):
         log.error(reason)
         failed = True
-    if job.options.keep_days and night.scored:
-        # Remove nothing after a night without images: --date may be mistyped.
-        first = date - datetime.timedelta(days=job.options.keep_days)
-        try:
-            remove_nights_before(job.out, first)
-            nights = {day: each for day, each in nights.items() if day >= first}
-        except (ConfigError, OSError) as error:
-            log.error(f"old nights are not all removed: {error}")
-            failed = True
     for day in sorted(nights):
         if day < min(dates) and nights[day].unfinished:
             log.warning(

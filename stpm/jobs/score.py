@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
-from typing import IO
-
-import pyarrow as pa
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
@@ -19,9 +13,8 @@ from stpm.lease import hold_lease
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
-from stpm.scoring.dry_run import dry_run
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import STANDARD_INPUT, image_rows, stored_list
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run import run_scoring
@@ -46,37 +39,29 @@ def run_score(
         DataError, ModelError: if the images or the models cannot be read.
     """
     folder = storage.output_folder(collection.out)
-    sources = tuple(s if s == STANDARD_INPUT else storage.absolute(s) for s in collection.images)
-    uris = [collection.models, folder, *collection.allow, *(s for s in sources if s != STANDARD_INPUT)]
-    with on_cluster(cluster, uris):
+    sources = tuple(map(storage.absolute, collection.images))
+    with on_cluster(cluster, [collection.models, folder, *collection.allow, *sources]):
         if cluster.plan:
             log_plan({"scores": partial(describe_plan, scoring)})
             return ALL_DONE
-        # A dry run writes to a folder of its own.
-        lease = nullcontext() if collection.dry_run else hold_lease(folder, collection.wait)
-        with lease as fence, stored_list(sys.stdin if STANDARD_INPUT in sources else ()) as (lines, digest):
-            config = ScoringConfig(
-                images=sources,
-                false_alarm_rate=scoring.false_alarm_rate,
-                output=output,
-                category=collection.category,
-                category_from=collection.category_from,
-                allow=tuple(collection.allow),
-                standard_input=digest,
-            )
+        with hold_lease(folder, collection.wait) as fence:
+            rule = CategoryRule(collection.category, collection.category_from)
             run = ScoringRun(
-                rows=partial(_manifest_rows, config, lines),
-                config=config,
+                rows=partial(image_rows, sources, rule, collection.allow),
+                config=ScoringConfig(
+                    images=sources,
+                    false_alarm_rate=scoring.false_alarm_rate,
+                    output=output,
+                    category=collection.category,
+                    category_from=collection.category_from,
+                    allow=tuple(collection.allow),
+                ),
                 store=ModelStore(collection.models),
                 options=scoring,
                 output=RunOutput.single(folder, fence),
                 triage_images=collection.top,
                 cluster=cluster,
-                fdr=collection.fdr,
             )
-            if collection.dry_run:
-                dry_run(run)
-                return ALL_DONE
             with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
                 result, models = run_scoring(run, start_over=collection.fresh)
     if result.unfinished:
@@ -92,11 +77,6 @@ def run_score(
     return ALL_DONE
 
 
-def _manifest_rows(config: ScoringConfig, lines: IO[str]) -> Iterator[pa.Table]:
-    lines.seek(0)
-    return image_rows(config.images, CategoryRule(config.category, config.category_from), config.allow, lines)
-
-
 def _log_result(result: RunResult, output: RunOutput) -> None:
     for example in result.error_examples:
         log.info(example)
@@ -105,7 +85,3 @@ def _log_result(result: RunResult, output: RunOutput) -> None:
         f"{result.rows} rows in {output.scores}: {result.anomalous} anomalous, {result.error_count} with an error"
         f"{f' ({kinds})' if kinds else ''}"
     )
-    if found := result.discoveries:
-        log.info(found.describe())
-        if warning := found.warning():
-            log.warning(warning)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 from stpm import storage
 from stpm.data.mvtec import GOOD
-from stpm.errors import DataError, UriError
+from stpm.errors import DataError
 from stpm.scoring.inputs import tables
-from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed, resolve
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.table_rows import part_rows
+from stpm.scoring.inputs.table_uris import allowed_prefixes
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,19 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
     uri = storage.absolute(table)
     if not uri.lower().endswith(tables.SUFFIXES):
         raise DataError(f"{table}: a table is a file of {', '.join(tables.SUFFIXES)}; name one")
-    allowed, folder = allowed_prefixes(uri, allow), uri.rsplit("/", 1)[0]
     labels: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     unusable: dict[str, str] = {}
-    numbers = count(1)
-    for chunk in tables.read(uri):
-        if "uri" not in chunk.schema.names:
-            raise DataError(f"{table}: no column `uri`; its columns are {', '.join(chunk.schema.names)}")
-        for (name, category, label, *_), row in zip(tables.input_values(chunk), numbers, strict=False):
-            if categories and category not in categories:
+    first = 0
+    for part in tables.read(uri):
+        if "uri" not in part.schema.names:
+            raise DataError(f"{table}: no column `uri`; its columns are {', '.join(part.schema.names)}")
+        for row in part_rows(part, first, uri, CategoryRule(), allowed_prefixes(uri, allow)).to_pylist():
+            if categories and row["category"] not in categories:
                 continue
-            image = ""
-            try:
-                image = resolve(name, folder)
-                problem = str(check_allowed([image], allowed) or "") if image else "it has no uri"
-            except UriError as error:
-                problem = str(error)
-            image = image or f"{table}, row {row}"
-            if problem:
-                unusable[image] = problem
-            labels[image, category].add(label)
+            labels[row["uri"], row["category"]].add(row["label"])
+            if row["error_kind"]:
+                unusable[row["uri"]] = row["error_message"]
+        first += part.num_rows
     marks = Marks()
     for (image, category), found in labels.items():
         if GOOD not in found:

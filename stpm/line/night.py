@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from stpm.errors import join_first
 from stpm.line.change import LEVELS, Level, Verdict
 from stpm.line.significance import Rate
-from stpm.method.false_discovery import Discoveries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class TopImage:
 
 @dataclass(frozen=True)
 class Night:
-    """The contents of night.json: one night of all categories, and the mark that this job wrote the night's folder.
+    """The contents of night.json: one night of all categories.
 
     Args:
         date: such as 2026-11-24, as in the folder's name.
@@ -101,7 +100,6 @@ class Night:
         problem: why something of the night is missing, "" if nothing is.
         error_examples: a few of each kind.
         top: the most anomalous images, in that order.
-        discoveries: among all images of the night; None if the job does not look for them.
         pages: names of the runs that have a triage.html: an unfinished run has none.
     """
 
@@ -113,7 +111,6 @@ class Night:
     categories: dict[str, CategoryNight] = field(default_factory=dict)
     error_examples: tuple[ErrorExample, ...] = ()
     top: tuple[TopImage, ...] = ()
-    discoveries: Discoveries | None = None
     pages: tuple[str, ...] = ()
 
     @property

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 from typing import NamedTuple
 
 from stpm import storage
@@ -21,8 +20,6 @@ from stpm.scoring.inputs.manifest import Manifest, read_manifest
 from stpm.scoring.output import RunOutput
 
 _PREFIX = "date="
-
-log = logging.getLogger(__name__)
 
 
 class NightFolder(NamedTuple):
@@ -96,25 +93,3 @@ class NightFolder(NamedTuple):
         """Remove all that runs wrote, the latest first: after a kill, what is left is a night with fewer runs."""
         for output in reversed(self.outputs()):
             output.remove()
-
-
-def remove_nights_before(out: str, date: datetime.date) -> None:
-    """Remove what this job wrote to the folders of nights before a date, and nothing else.
-
-    A folder is a night if its night.json has the date of its name; times of files and of this machine do not matter.
-    The record is removed last: after a kill, the next start goes on.
-    """
-    for folder in NightFolder.find_all(out):
-        try:
-            if folder.date >= date or not folder.read():
-                continue
-        except DataError as error:
-            log.warning(f"{folder.uri} is not removed: {error}")
-            continue
-        folder.remove_runs()
-        storage.remove(folder.record)
-        storage.remove_unfinished(folder.uri)
-        storage.remove_empty_folders(folder.uri)
-        kept = storage.files(folder.uri)
-        left = f"; {len(kept)} files that this job did not write remain" if kept else ""
-        log.info(f"removed the night {folder.date}{left}")

@@ -28,7 +28,6 @@ from stpm.line.score_nights import NightlyJob
 from stpm.line.significance import FloatArray
 from stpm.line.verdict import EARLIER, Reference, judge_categories
 from stpm.method.calibration import promised_rates
-from stpm.method.false_discovery import Discoveries, find_discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
@@ -82,9 +81,7 @@ def _update_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night
     """Return the night's record, made anew if rows were added since it was written or it was not judged."""
     night = folder.read()
     if night and night.is_judged and night.runs == tuple(output.name for output in folder.manifests()):
-        rate = night.discoveries.rate if night.discoveries else 0.0
-        if rate == job.monitoring.fdr:
-            return replace(night, problem=problem)
+        return replace(night, problem=problem)
     return make_record(job, folder, earlier, problem)
 
 
@@ -114,8 +111,8 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
         references |= dict.fromkeys(models, as_utf8(str(error)))
         problem = problem or as_utf8(str(error))
     # What the first run requested.
-    rates = [output.state.false_alarm_rate() for output in outputs]
-    rate = next((each for each in rates if each is not None), job.scoring.false_alarm_rate)
+    configs = (output.state.record.config for output in outputs)
+    rate = next((config.false_alarm_rate for config in configs if config), job.scoring.false_alarm_rate)
     counters = {name: rows.get(name) or RowCounter() for name in models}
     samples = {name: counter.sample() for name, counter in counters.items()}
     categories = {}
@@ -142,7 +139,6 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
         categories=categories,
         error_examples=error_examples,
         top=_top_images(outputs, job.store),
-        discoveries=_discoveries(counters, references, job.monitoring.fdr),
         pages=tuple(output.name for output in outputs if storage.exists(output.triage)),
     )
     if problem or unfinished:
@@ -188,17 +184,6 @@ def _load_reference(store: ModelStore, category: str, model_id: str) -> Referenc
 
 def _medians(values: Mapping[str, FloatArray]) -> dict[str, float]:
     return {name: float(np.median(numbers)) for name, numbers in values.items() if len(numbers)}
-
-
-def _discoveries(
-    counters: Mapping[str, RowCounter], references: Mapping[str, Reference | str], rate: float
-) -> Discoveries | None:
-    """Find the discoveries among the images of all runs, without those whose model can no longer be read."""
-    if not rate:
-        return None
-    calibration = {name: each.calibration_count for name, each in references.items() if isinstance(each, Reference)}
-    counts = {name: counters[name].p_values for name in calibration if counters[name].p_values}
-    return find_discoveries(counts, calibration, rate)
 
 
 def _top_images(outputs: Sequence[RunOutput], store: ModelStore) -> tuple[TopImage, ...]:

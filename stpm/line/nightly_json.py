@@ -47,8 +47,6 @@ def _night(night: Night, out: str) -> dict[str, Any]:
         "sources": night.sources,
         **{name: getattr(night, name) for name in counts},
         "categories": {name: _category(category) for name, category in night.ordered_categories()},
-        "discoveries": night.discoveries
-        and {name: getattr(night.discoveries, name) for name in ("rate", "cut_off", "count", "categories")},
         "error_examples": [asdict(example) for example in night.error_examples],
     }
 

@@ -57,12 +57,6 @@ class NightlyOptions(Options):
         minimum=0,
         maximum=86_400,
     )
-    keep_days: int = option(
-        0,
-        "remove nights more than this many days older than the night scored, with all that this job wrote there; "
-        "0: keep all",
-        maximum=_MAX_NIGHTS,
-    )
     fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
     wait: bool = option(False, WAIT_HELP)
     max_error_rate: float = option(
@@ -82,16 +76,11 @@ class NightlyOptions(Options):
                     "each night has images of its own"
                 )
         _ = self.rule, self._zone
-        if self.keep_days and self.keep_days <= self.look_back:
-            raise ConfigError(
-                f"--keep-days is {self.keep_days}; give 0, or more than --look-back {self.look_back}: a removed night "
-                "would be scored again"
-            )
         date = parse_date(self.date)
         if self.date and not date:
             raise ConfigError(f"--date is {self.date!r}; give it as 2026-11-24")
-        if date and date.toordinal() <= max(self.look_back, self.keep_days):
-            raise ConfigError(f"--date is {self.date}, too early for --look-back and --keep-days; give a later one")
+        if date and date.toordinal() <= self.look_back:
+            raise ConfigError(f"--date is {self.date}, too early for --look-back; give a later one")
 
     def night(self, now: datetime.datetime) -> datetime.date:
         """Return the night to score: `date`, or the day before `now`, a time with its time zone.
@@ -139,13 +128,6 @@ class MonitoringOptions(Options):
 
     nights: int = option(30, "nights on nightly.html and in nightly.json, up to the latest one", minimum=1)
     top: int = option(50, "images on each night's triage.html, the page of the most anomalous ones", minimum=1)
-    fdr: float = option(
-        0.0,
-        "false discovery rate, 0 to 1: of the images that a night calls discoveries, at most this fraction is good on "
-        "average, over all its categories (Benjamini-Hochberg); 0: no discoveries",
-        minimum=0,
-        below=1,
-    )
     false_verdict_rate: float = option(
         0.05,
         "probability, 0 to 1, that of all categories in --nights nights any is called watch or act though nothing has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +36,6 @@ class RowCounter:
         self.images = self.alarms = 0
         self.errors = Counter[str]()
         self.models = Counter[str]()
-        # Number of images by p-value, float32.
-        self.p_values = Counter[float]()
         self._ids = np.empty(0, np.int64)
         self._values = np.empty((0, len(_VALUES)), np.float32)
 
@@ -47,7 +46,6 @@ class RowCounter:
         self.alarms += pc.sum(scored["is_anomalous"]).as_py() or 0
         self.errors.update(rows.filter(pc.field("error_kind") != "")["error_kind"].to_pylist())
         self.models.update(scored["model_id"].to_pylist())
-        self.p_values.update(scored["p_value"].to_pylist())
         values = np.stack([scored[name].to_numpy() for name in _VALUES], axis=1, dtype=np.float32)
         self._ids = np.concatenate([self._ids, scored["image_id"].to_numpy()])
         self._values = np.concatenate([self._values, values])
@@ -92,13 +90,11 @@ def read_rows(outputs: Iterable[RunOutput]) -> tuple[Mapping[str, RowCounter], t
 
 
 def _tables(outputs: Iterable[RunOutput]) -> Iterator[pa.Table]:
-    for output in outputs:
-        # One run may be partitioned, and another not: their schemas differ.
-        waiting: list[pa.RecordBatch] = []
-        for batch in read_batches(output, _COLUMNS):
-            waiting.append(batch)
-            if sum(each.num_rows for each in waiting) >= _BATCH:
-                yield pa.Table.from_batches(waiting)
-                waiting = []
-        if waiting:
+    waiting: list[pa.RecordBatch] = []
+    for batch in chain.from_iterable(read_batches(output, _COLUMNS) for output in outputs):
+        waiting.append(batch)
+        if sum(each.num_rows for each in waiting) >= _BATCH:
             yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)

@@ -42,6 +42,7 @@ from stpm.scoring.inputs.manifest import read_shard
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.resume import read_models
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
@@ -94,9 +95,6 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                     for run in _runs_to_score(job, folder):
                         if not storage.exists(job.store.uri):
                             raise NoModelError(f"{job.store.uri}: no models here; fit them first, or see --models")
-                        if not folder.read():
-                            # The record shows that this job wrote the folder; --keep-days removes no other.
-                            folder.write(job.empty_night(date))
                         # Not made for nights without new images, and kept for all others.
                         connection.enter_context(connected())
                         log.info(f"{date}, run {run.output.name}: scoring into {folder.uri}")
@@ -132,25 +130,12 @@ def _remove_rows(job: NightlyJob, folder: NightFolder) -> None:
         if not categories:
             raise DataError(f"there are no images in {', '.join(job.sources(folder.date))}: {kept}")
         try:
-            problems = storage.in_parallel(partial(_missing_model, job.store), sorted(categories))
+            read_models(job.store, sorted(categories))
         except ModelError as error:
             raise DataError(f"{error}: {kept}") from error
-        if all(problems):
-            raise DataError(f"{join_first(problems)}: {kept}")
     if storage.exists(folder.record):
         folder.write(job.empty_night(folder.date))
     folder.remove_runs()
-
-
-def _missing_model(store: ModelStore, category: str) -> str:
-    """Say why a category has no model, "" if it has one. Raise ModelError if that model cannot be read."""
-    if not category:
-        return "images have no category; see --category and --category-from"
-    try:
-        store.record(category)
-    except (NoModelError, DataError) as error:
-        return str(error)
-    return ""
 
 
 def _runs_to_score(job: NightlyJob, folder: NightFolder) -> Iterator[ScoringRun]:
@@ -175,14 +160,12 @@ def _runs_to_score(job: NightlyJob, folder: NightFolder) -> Iterator[ScoringRun]
 def _scoring_run(
     job: NightlyJob, folder: NightFolder, output: RunOutput, rows: Callable[[], Iterable[pa.Table]]
 ) -> ScoringRun:
-    # Partitioned as the night's first run, for all runs are one table.
-    partition_by = next((each.state.partition_by() for each in folder.outputs()), None) or job.output.partition_by
     return ScoringRun(
         rows=rows,
         config=ScoringConfig(
             images=job.sources(folder.date),
             false_alarm_rate=job.scoring.false_alarm_rate,
-            output=replace(job.output, partition_by=partition_by),
+            output=job.output,
             category=job.options.category,
             category_from=job.options.category_from,
             allow=tuple(job.options.allow),

@@ -181,11 +181,10 @@ def _at_one_size(
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric in [0, 1], or why it is undefined. One of images has a 95 % interval, one of pixels a largest error."""
+    """A metric in [0, 1], or why it is undefined. One of images has a 95 % interval."""
 
     value: float | None = None
     interval: Interval | None = None
-    max_error: float = 0.0
     undefined: str = ""
 
 
@@ -236,11 +235,6 @@ class CategoryMetrics:
         """The reason for each metric without a value."""
         return {name: metric.undefined for name, metric in self.metrics.items() if metric.value is None}
 
-    @property
-    def pixel_error(self) -> float:
-        """The largest error of any pixel metric."""
-        return max(metric.max_error for metric in self.metrics.values())
-
 
 def measure_category(scores: LabelledScores) -> CategoryMetrics:
     """Measure a category and each of its defect types."""
@@ -287,7 +281,7 @@ def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:
 def _pixel_metrics(scores: LabelledScores) -> dict[str, Metric]:
     try:
         counts = scores.pixel_counts()
-        bounded = {
+        values = {
             "pixel_auroc": counts.auroc(),
             "pixel_average_precision": counts.average_precision(),
             "pixel_f1_max": counts.f1_max(),
@@ -295,7 +289,7 @@ def _pixel_metrics(scores: LabelledScores) -> dict[str, Metric]:
         }
     except UndefinedMetricError as error:
         return {name: Metric(undefined=str(error)) for name in METRICS if name.startswith("pixel")}
-    return {name: Metric(value, max_error=error) for name, (value, error) in bounded.items()}
+    return {name: Metric(value) for name, value in values.items()}
 
 
 def _fraction(flags: Flags, name: str) -> Metric:

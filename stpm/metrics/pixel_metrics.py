@@ -2,15 +2,14 @@
 
 It counts pixels by key: a float32 score, read as an integer of the same order. It is exact while the distinct keys are
 few. When they exceed a limit, drop the last bit of all keys, and repeat until they do not: neighbouring scores tie. The
-number of lost bits depends only on the set of scores, so that states may be merged in any order and grouping. Each
-metric has a bound on what ties may have changed, computed from the counts.
+number of lost bits depends only on the set of scores, so that states may be merged in any order and grouping.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +25,6 @@ Mask = npt.NDArray[np.bool_]
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 _EIGHT_CONNECTED = np.ones((3, 3), int)
-
-
-class Bounded(NamedTuple):
-    """A metric in [0, 1], and the largest difference to its exact value."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -63,34 +55,24 @@ class PixelCounts:
         keys, sums = np.concatenate([one.keys, two.keys]), np.concatenate([one.sums, two.sums], axis=1)
         return PixelCounts(keys, sums, one.regions + two.regions, lost_bits, self.max_keys)._merged()
 
-    def auroc(self) -> Bounded:
+    def auroc(self) -> float:
         """Compute the area under the ROC curve over pixels, ties counting half."""
         x, y = self.roc_curve()
-        return self._with_error(float(np.trapezoid(y, x)), (np.diff(x) * np.diff(y)).sum() / 2)
+        return float(np.trapezoid(y, x))
 
-    def average_precision(self) -> Bounded:
+    def average_precision(self) -> float:
         """Compute average precision, as scikit-learn does."""
         good, defect, _ = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
-        recall = defect / tp[-1]
-        value = (recall * tp / (tp + fp)).sum()
-        # Within a key, the defects may all come first, as one tie: each has the precision of the last one. Or they come
-        # after all good ones, one by one: precision is concave in their number, so its mean is at least the mean of the
-        # first and the last.
-        highest = (recall * tp / np.maximum(tp + fp - good, 1)).sum()
-        first = tp - defect + 1
-        lowest = (recall * (first / (first + fp) + tp / (tp + fp)) / 2).sum()
-        return self._with_error(value, max(highest - value, value - lowest))
+        return float((defect / tp[-1] * tp / (tp + fp)).sum())
 
-    def f1_max(self) -> Bounded:
+    def f1_max(self) -> float:
         """Find the largest F1 of any threshold."""
         good, defect, _ = self._descending()
         fp, tp = np.cumsum(good), np.cumsum(defect)
-        value = (2 * tp / (tp[-1] + tp + fp)).max()
-        highest = (2 * tp / (tp[-1] + tp + fp - good)).max()
-        return self._with_error(value, highest - value)
+        return float((2 * tp / (tp[-1] + tp + fp)).max())
 
-    def aupro(self, limit: float) -> Bounded:
+    def aupro(self, limit: float) -> float:
         """Compute the area under the per-region-overlap curve up to a false positive rate, divided by it.
 
         At a threshold, the per-region overlap is the mean over defect regions of the fraction of the region's pixels
@@ -100,11 +82,8 @@ class PixelCounts:
         Args:
             limit: largest false positive rate, in (0, 1].
         """
-        x, y, cut_rise = self._pro(limit)
-        # The whole rise of the bin that the limit cuts may be before the limit.
-        rises = np.diff(y)
-        rises[-1] = max(rises[-1], 2 * cut_rise)
-        return self._with_error(float(np.trapezoid(y, x)) / limit, (np.diff(x) * rises).sum() / 2 / limit)
+        x, y = self.pro_curve(limit)
+        return float(np.trapezoid(y, x)) / limit
 
     def roc_curve(self) -> Curve:
         """Compute false positive rate and recall over pixels, both ascending from 0 to 1."""
@@ -113,17 +92,10 @@ class PixelCounts:
 
     def pro_curve(self, limit: float) -> Curve:
         """Compute what `aupro` integrates: false positive rate and per-region overlap, both ascending from 0."""
-        x, y, _ = self._pro(limit)
-        return x, y
-
-    def _pro(self, limit: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-        """Compute the curve up to the limit, and the whole rise of the bin that the limit cuts; 0 if there is none."""
         good, _, overlap = self._descending()
         x, y = _curve(good / good.sum()), _curve(overlap / self.regions)
         inside = int(np.searchsorted(x, limit, side="right"))
-        # The curve has one point more than there are bins: its first, (0, 0).
-        at_limit, cut_rise = (np.interp(limit, x, y), np.diff(y)[inside - 1]) if inside < len(x) else (y[-1], 0.0)
-        return np.append(x[:inside], limit), np.append(y[:inside], at_limit), float(cut_rise)
+        return np.append(x[:inside], limit), np.append(y[:inside], np.interp(limit, x, y))
 
     def _descending(self) -> npt.NDArray[np.float64]:
         good, defect, _ = self.sums
@@ -132,10 +104,6 @@ class PixelCounts:
         if not good.any():
             raise UndefinedMetricError("no good pixels")
         return self.sums[:, ::-1]
-
-    def _with_error(self, value: float, error: float) -> Bounded:
-        """Return a metric with its error, which is 0 if no bit is lost: all ties are then real."""
-        return Bounded(float(value), float(error) if self.lost_bits else 0.0)
 
     def _with_lost_bits(self, lost_bits: int) -> PixelCounts:
         if lost_bits == self.lost_bits:
@@ -158,11 +126,11 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
     Raises:
         UndefinedMetricError: if a score is infinite.
 
-    Three of four pairs of a good and a defective pixel are in order; no key lost a bit, so that the value is exact:
+    Three of four pairs of a good and a defective pixel are in order:
 
     >>> counts = count_pixels([np.array([[0.1, 0.5, 0.3, 0.7]], np.float32)], [np.array([[False, False, True, True]])])
     >>> counts.auroc()
-    Bounded(value=0.75, error=0.0)
+    0.75
     """
     for anomaly_map, mask in zip(maps, masks, strict=True):
         if anomaly_map.shape != mask.shape:

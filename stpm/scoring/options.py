@@ -10,7 +10,6 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]
-PartitionBy = Literal["none", "category"]
 
 IMAGE_SECONDS = 300.0
 
@@ -31,9 +30,8 @@ class CollectionOptions(Options):
         Names(),
         "what to score, separated by commas: folders or prefixes (searched at any depth for images and .tar "
         "archives), globs, .tar archives, tables (.parquet, .csv, .jsonl or .ndjson with a column `uri`; other columns "
-        "are copied to the output), .parquet files with the images themselves in a column `image` or `bytes`, or - for "
-        "a URI per line on standard input. The name of an existing file or folder is never read as "
-        "a glob; write [[], [*] and [?] for the characters "
+        "are copied to the output), or .parquet files with the images themselves in a column `image` or `bytes`. The "
+        "name of an existing file or folder is never read as a glob; write [[], [*] and [?] for the characters "
         "themselves",
         required=True,
     )
@@ -42,17 +40,6 @@ class CollectionOptions(Options):
     category_from: str = option("", CATEGORY_FROM_HELP)
     allow: Names = option(Names(), ALLOW_HELP)
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page", minimum=0)
-    fdr: float = option(
-        0.0,
-        "false discovery rate, 0 to 1: of the images that the run calls discoveries, at most this fraction is good on "
-        "average, over all its images and categories (Benjamini-Hochberg); `is_anomalous` still follows "
-        "--false-alarm-rate; 0: no discoveries",
-        minimum=0,
-        below=1,
-    )
-    dry_run: bool = option(
-        False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
-    )
     fresh: bool = option(
         False, "remove what earlier runs wrote to the run folder, and score all images again with the current models"
     )
@@ -82,9 +69,6 @@ class OutputOptions(Options):
         False,
         "keep each anomaly map as float32 in the Parquet files: 4 bytes for each input pixel, 0.6 MB an image with "
         "preset default",
-    )
-    partition_by: PartitionBy = option(
-        "none", "category: write the Parquet files of each category to a folder of their own, scores/category=<name>/"
     )
 
 
@@ -125,8 +109,7 @@ class ScoreOptions(Options):
     scorers: int = option(0, "actors that score; 0: one per GPU, or without GPUs one per CPU core", minimum=0)
     rows_per_file: int = option(
         512,
-        "rows that a task collects, at least, before it writes a Parquet file; with --raw-maps at most 64; "
-        "--partition-by category divides them into a file for each category",
+        "rows that a task collects, at least, before it writes a Parquet file; with --raw-maps at most 64",
         minimum=1,
     )
     segment_rows: int = option(

@@ -25,8 +25,6 @@ def is_picture(uri: str) -> bool:
 class RunOutput:
     """The output of one run: rows in `<folder>/scores/<name>_*.parquet`, heatmaps in `<folder>/heatmaps/<name>/`.
 
-    Partitioned, the rows are in `<folder>/scores/category=<category>/<name>_*.parquet`.
-
     Args:
         folder: URI of the run folder.
         name: of the run, unique in the folder.

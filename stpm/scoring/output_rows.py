@@ -15,8 +15,6 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.schema import OUTPUT, Int64Array
 
 _FILES_AT_ONCE = 256
-# Without this a category named 007 would be read as a number.
-_HIVE = ds.partitioning(pa.schema([("category", pa.string())]), flavor="hive")
 
 
 def open_rows(output: RunOutput, columns: Collection[str] = (), files: Sequence[str] | None = None) -> ds.Dataset:
@@ -35,8 +33,6 @@ def open_rows(output: RunOutput, columns: Collection[str] = (), files: Sequence[
             schema=None if names else OUTPUT,
             filesystem=filesystem,
             format="parquet",
-            partitioning=_HIVE if any("/" in name for name in names) else None,
-            partition_base_dir=folder,
         )
         # Arrow takes the first file's columns for those of all: it would read missing ones as null.
         problems = storage.in_parallel(lambda file: _find_problem(file, columns), dataset.get_fragments())
@@ -123,11 +119,11 @@ def naming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -
 
 def _find_problem(file: ds.ParquetFileFragment, columns: Collection[str]) -> str:
     """Say which column a file of rows should have and has not, "" if none: of OUTPUT, these and those without nulls."""
-    schema, in_path = file.physical_schema, ds.get_partition_keys(file.partition_expression)
+    schema = file.physical_schema
     for column in OUTPUT:
         index = schema.get_field_index(column.name)
         if index >= 0 and schema.field(index).type != column.type:
             return f"a column {column.name} of type {schema.field(index).type}, not {column.type}"
-        if index < 0 and column.name not in in_path and (column.name in columns or not column.nullable):
+        if index < 0 and (column.name in columns or not column.nullable):
             return f"no column {column.name}"
     return ""

@@ -27,7 +27,7 @@ T = TypeVar("T")
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
 VIEW_SCORES = ["fine_score", "coarse_score"]
-_VALUES = ["score", *VIEW_SCORES, "p_value", "threshold", "is_anomalous"]
+_VALUES = ["score", *VIEW_SCORES, "threshold", "is_anomalous"]
 # Columns that a summary is made from.
 COLUMNS = [*_ERROR_COLUMNS, *_VALUES, "image_id", "category", "bytes"]
 # Thresholds are at least this in the division by them.
@@ -63,8 +63,6 @@ class RowSummary:
         categories: counts of rows by category.
         errors: rows without a score, by error kind.
         error_examples: the first of these rows by their URIs, a line each.
-        p_values: number of images by category and p-value. A category has at most as many p-values as images calibrate
-            it, and one more.
         bytes_read: size of all image files.
         ranked: the most anomalous images, in that order.
         tasks: names of the tasks that wrote the rows, sorted.
@@ -73,7 +71,6 @@ class RowSummary:
     categories: dict[str, CategoryCounts] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     error_examples: list[str] = field(default_factory=list)
-    p_values: dict[str, dict[float, int]] = field(default_factory=dict)
     bytes_read: int = 0
     max_ranked: int = 0
     ranked: list[RankedImage] = field(default_factory=list)
@@ -101,17 +98,12 @@ class RowSummary:
             errors[group["error_kind"]] += failed
             bytes_read += group["bytes_sum"] or 0
         failures = rows.select(_ERROR_COLUMNS).filter(pc.field("error_kind") != "").to_pylist()
-        counted = rows.group_by(["category", "p_value"]).aggregate([([], "count_all")]).sort_by("p_value")
-        p_values: defaultdict[str, dict[float, int]] = defaultdict(dict)
-        for group in counted.filter(pc.field("p_value").is_valid()).to_pylist():
-            p_values[group["category"]][group["p_value"]] = group["count_all"]
         scored = rows.select(["image_id", *_VALUES]).filter(pc.field("score").is_valid())
         images = zip(_margins(scored).tolist(), scored["image_id"].to_pylist(), strict=True)
         return cls(
             categories=_by_name(categories),
             errors=_by_name(dict(+errors)),
             error_examples=_first_examples(": ".join(row[name] for name in _ERROR_COLUMNS) for row in failures),
-            p_values=_by_name(p_values),
             bytes_read=bytes_read,
             max_ranked=max_ranked,
             ranked=[RankedImage(*image, task) for image in heapq.nlargest(max_ranked, images)],
@@ -128,7 +120,6 @@ class RowSummary:
         categories: defaultdict[str, CategoryCounts] = defaultdict(CategoryCounts)
         errors: Counter[str] = Counter()
         examples: list[str] = []
-        p_values: defaultdict[str, Counter[float]] = defaultdict(Counter)
         bytes_read = 0
         ranked: list[RankedImage] = []
         tasks: set[str] = set()
@@ -136,8 +127,6 @@ class RowSummary:
             for name, counts in each.categories.items():
                 categories[name] += counts
             errors.update(each.errors)
-            for name, counted in each.p_values.items():
-                p_values[name].update(counted)
             examples = _first_examples([*examples, *each.error_examples])
             bytes_read += each.bytes_read
             max_ranked = min(max_ranked, each.max_ranked)
@@ -147,7 +136,6 @@ class RowSummary:
             categories=_by_name(categories),
             errors=_by_name(dict(errors)),
             error_examples=examples,
-            p_values=_by_name({name: dict(sorted(counts.items())) for name, counts in p_values.items()}),
             bytes_read=bytes_read,
             max_ranked=max_ranked,
             ranked=ranked,

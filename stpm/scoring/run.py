@@ -12,7 +12,6 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.ray_failures import interrupted_by_ray, is_ray_failure
 from stpm.errors import RunDamagedError
-from stpm.method.false_discovery import find_discoveries
 from stpm.scoring.inputs.manifest import Manifest, read_shard
 from stpm.scoring.pipeline import score_shards
 from stpm.scoring.progress import Snapshot, show_scoring_progress
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = False) -> tuple[RunResult, ModelRecords]:
-    """Score all images that have no row yet, on Ray. Once all have one, find discoveries and write the triage page.
+    """Score all images that have no row yet, on Ray. Once all have one, write the triage page.
 
     Args:
         start_over: remove what earlier runs wrote.
@@ -67,25 +66,12 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     # Raise if summaries are missing: then it is not known which rows count.
     total = total_of_finished(run.output, scored.rows, run.triage_images)
     remove_leftovers(run.output, total.tasks)
-    result = _find_discoveries(run, scored, models, total)
-    if run.triage_images and (run.triage_images != state.record.triage_images or result != scored):
-        write_triage(run.output, total, run.triage_images, models, result.discoveries)
+    if run.triage_images and run.triage_images != state.record.triage_images:
+        write_triage(run.output, total, run.triage_images, models)
         state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
     if not finished:
-        state.finish(result)
-    elif result != finished:
-        state.write(dataclasses.replace(state.record, result=result))
-    return result, models
-
-
-def _find_discoveries(run: ScoringRun, result: RunResult, models: ModelRecords, total: RowSummary) -> RunResult:
-    """Return the result with the discoveries at the run's rate, unless it has them already."""
-    if run.fdr == (result.discoveries.rate if result.discoveries else 0.0):
-        return result
-    if not run.fdr:
-        return dataclasses.replace(result, discoveries=None)
-    calibration = {name: record.fit.calibration_count for name, record in models.items()}
-    return dataclasses.replace(result, discoveries=find_discoveries(total.p_values, calibration, run.fdr))
+        state.finish(scored)
+    return scored, models
 
 
 def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, models: ModelRecords) -> RunResult:
@@ -126,8 +112,8 @@ def _score_segments(
     Returns:
         The sum of the summaries of all rows, and the progress at the end.
     """
-    output, options, segments = run.output, run.config.output, manifest.segments(run.output.manifest)
-    written = take_over(output, state, options, manifest, run.triage_images)
+    output, segments = run.output, manifest.segments(run.output.manifest)
+    written = take_over(output, state, manifest, run.triage_images)
     remove_leftovers(output, chain.from_iterable(summary.tasks for summary in written.values()))
     rows = manifest.rows - sum(summary.rows for summary in written.values())
     if rows < manifest.rows:
@@ -140,7 +126,7 @@ def _score_segments(
             if summary.rows < segment.rows:
                 if len(segments) > 1:
                     log.info(f"segment {segment.number + 1} of {len(segments)}")
-                shards = unwritten_shards(output, options, segment, summary)
+                shards = unwritten_shards(output, segment, summary)
                 try:
                     score_shards(run, shards, segment.number, models, progress, state)
                 except Exception as error:
@@ -149,7 +135,7 @@ def _score_segments(
                         with suppress(OSError):
                             storage.in_parallel(lambda shard: read_shard(shard.uri).num_rows, shards)
                     raise
-                summary = finish_segment(output, options, segment, run.triage_images)
+                summary = finish_segment(output, segment, run.triage_images)
             # The names of all tasks may be many.
             total = RowSummary.total([total, dataclasses.replace(summary, tasks=[])], 0)
         return total, progress.read()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any
 
 from stpm import storage
 from stpm.errors import DataError, OtherRunError, RunDamagedError
 from stpm.lease import Fence, check
 from stpm.method.arithmetic import Arithmetic
 from stpm.models.libraries import installed_versions
-from stpm.records import convert, parse_json
-from stpm.scoring.options import OutputOptions, PartitionBy
+from stpm.records import convert, parse_json, to_json
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_statistics import RunResult
 from stpm.times import timestamp
 
@@ -32,7 +31,6 @@ class ScoringConfig:
         category_from: pattern of the images' paths, or "".
         allow: prefixes that the URIs in a table may have.
         manifest: digest of the images, if they do not come from sources.
-        standard_input: number of lines and digest, if a list of images was read there.
     """
 
     images: tuple[str, ...]
@@ -42,14 +40,6 @@ class ScoringConfig:
     category_from: str = ""
     allow: tuple[str, ...] = ()
     manifest: str = ""
-    standard_input: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the values as they are read back from JSON: flat, with lists instead of tuples."""
-        values = asdict(self)
-        output = values.pop("output")
-        flat: dict[str, Any] = json.loads(json.dumps(values | output))
-        return flat
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class RunRecord:
     """The content of run.json; a run fills in one field after the other.
 
     Args:
-        config: `ScoringConfig.to_json` of the run; empty: there is no run to resume, or its files are being removed.
+        config: None: there is no run to resume, or its files are being removed.
         versions: of the libraries at its start, by name.
         models: the model id of each category that has one; None: no models are bound yet.
         store: URI of the model store, which may change between runs.
@@ -66,7 +56,7 @@ class RunRecord:
         triage_images: number of images that triage.html was made for.
     """
 
-    config: dict[str, Any] = field(default_factory=dict)
+    config: ScoringConfig | None = None
     started: str = ""
     versions: dict[str, str] | None = None
     models: dict[str, str] | None = None
@@ -110,30 +100,22 @@ class RunState:
             raise OtherRunError(f"{self.uri} is not the record of a run ({error})") from error
         if not isinstance(values, dict) or "config" not in values:
             raise OtherRunError(f"{self.uri} is not the record of a run")
-        types = get_type_hints(RunRecord)
-        # Other versions have other fields.
-        return RunRecord(**{name: self._check(types[name], values[name], name) for name in types.keys() & values})
+        try:
+            record: RunRecord = convert(RunRecord, values, "run")
+        except ValueError as error:
+            raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
+        return record
 
     def config_differences(self, config: ScoringConfig) -> list[str]:
         """List how the run differs from a configuration; one line if there is no run to resume."""
-        if not self.record.config:
+        if not (before := self.record.config):
             return [f"{self.uri} is missing"]
-        return _differences(self.record.config, config.to_json())
+        return _differences(*(asdict(each) | asdict(each.output) | {"output": ""} for each in (before, config)))
 
     def model_differences(self, models: Mapping[str, str]) -> list[str]:
         """List how the model ids of the run differ from others, by category; none if no models are bound yet."""
         bound = self.record.models
         return [] if bound is None else _differences(bound, models)
-
-    def false_alarm_rate(self) -> float | None:
-        """Return the rate that the run requested; None if there is no run to resume."""
-        rate: float | None = self._check(float | None, self.record.config.get("false_alarm_rate"), "false_alarm_rate")
-        return rate
-
-    def partition_by(self) -> PartitionBy | None:
-        """Return how the run's rows are partitioned; None if there is no run to resume."""
-        value: PartitionBy | None = self.record.config.get("partition_by")
-        return value and self._check(PartitionBy, value, "partition_by")
 
     def store_and_model_ids(self) -> tuple[str, dict[str, str]]:
         """Return the URI of the model store, and the model id of each category.
@@ -166,7 +148,7 @@ class RunState:
 
     def start(self, config: ScoringConfig) -> None:
         """Record the start of a run."""
-        self.write(RunRecord(config.to_json(), timestamp(), installed_versions(), attempt=self.record.attempt))
+        self.write(RunRecord(config, timestamp(), installed_versions(), attempt=self.record.attempt))
 
     def bind_models(self, models: Mapping[str, str], store: str) -> None:
         """Record the model id of each category, and the URI of their store."""
@@ -184,9 +166,8 @@ class RunState:
 
     def write(self, record: RunRecord) -> None:
         """Replace the content of run.json, for instance by `replace(state.record, attempt=2)`."""
-        values = {name: value for name, value in asdict(record).items() if value is not None}
         check(self._fence)
-        storage.publish(self.uri, json.dumps(values, indent=2, ensure_ascii=False).encode())
+        storage.publish(self.uri, to_json(record))
         self.record = record
 
     def clear(self) -> None:
@@ -201,13 +182,6 @@ class RunState:
                 attempt = self.record.attempt
             self.write(RunRecord(attempt=attempt))
         storage.remove(self._success_uri)
-
-    def _check(self, kind: Any, value: Any, name: str) -> Any:
-        """Convert a value of run.json. Raise RunDamagedError if it is of another type."""
-        try:
-            return convert(kind, value, name)
-        except ValueError as error:
-            raise RunDamagedError(f"{self.uri} is damaged: {error}") from error
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

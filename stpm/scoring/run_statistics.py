@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import NamedTuple
 
-from stpm.method.false_discovery import Discoveries
-
 
 @dataclass(frozen=True)
 class RunStatistics:
@@ -75,7 +73,6 @@ class RunResult:
         unfinished: number of images without a row, which the next run tries again.
         seconds: wall time since the last start.
         statistics: since the last start.
-        discoveries: at the run's false discovery rate; None if it has none.
     """
 
     rows: int = 0
@@ -87,7 +84,6 @@ class RunResult:
     unfinished: int = 0
     seconds: float = 0.0
     statistics: RunStatistics = field(default_factory=RunStatistics)
-    discoveries: Discoveries | None = None
 
     @property
     def error_count(self) -> int:

@@ -27,7 +27,6 @@ class ScoringRun:
             called twice if rows of an earlier run are replaced: first to see that there is something to score.
         config: all that decides the rows, except the models.
         triage_images: images on the page of the most anomalous ones; 0: no page.
-        fdr: false discovery rate; 0: look for no discoveries.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -37,4 +36,3 @@ class ScoringRun:
     output: RunOutput
     triage_images: int = 0
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
-    fdr: float = 0.0

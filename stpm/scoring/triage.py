@@ -10,7 +10,6 @@ from PIL import Image
 from stpm import storage
 from stpm.data.encode import encode_jpeg
 from stpm.data.heatmaps import overlay, read_shown
-from stpm.method.false_discovery import Discoveries
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import data_uri, render
 from stpm.pages.tiles import Tile, draw_tile
@@ -25,16 +24,10 @@ _PAGE_SIDES, _LIST_SIDES = (512, 1024), (256, 1024)
 THREADS = 8
 
 
-def write_triage(
-    output: RunOutput,
-    summary: RowSummary,
-    max_images: int,
-    models: ModelRecords,
-    discoveries: Discoveries | None = None,
-) -> None:
+def write_triage(output: RunOutput, summary: RowSummary, max_images: int, models: ModelRecords) -> None:
     """Write the page, with its pictures embedded, to the state folder of a run that has scored all images.
 
-    It takes a summary of all rows, the models, and the discoveries, if the run looks for them.
+    It takes a summary of all rows, and the models.
     """
 
     def draw(row: Mapping[str, Any]) -> Tile:
@@ -42,7 +35,7 @@ def write_triage(
         return draw_tile(row, output.folder, model.preprocessing, model.heatmap_scale, _PAGE_SIDES)
 
     tiles = storage.in_parallel(draw, most_anomalous(output, max_images, summary), THREADS)
-    page = render("scoring/triage.html", tiles=tiles, folder=output.folder, discoveries=discoveries, models=models)
+    page = render("scoring/triage.html", tiles=tiles, folder=output.folder, models=models)
     storage.publish(output.triage, page.encode())
 
 

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, product
+from itertools import chain
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from stpm import storage
 from stpm.errors import RunDamagedError
 from stpm.lease import check
 from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, contains, read_shard
-from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import count_rows, read_ids
 from stpm.scoring.row_summary import RowSummary, task_of
@@ -94,9 +93,7 @@ def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowS
     return total
 
 
-def take_over(
-    output: RunOutput, state: RunState, options: OutputOptions, manifest: Manifest, max_ranked: int
-) -> dict[int, RowSummary]:
+def take_over(output: RunOutput, state: RunState, manifest: Manifest, max_ranked: int) -> dict[int, RowSummary]:
     """Add up what the attempt that counts has written, and record that from now on this attempt counts.
 
     An attempt before that which wrote the manifest had another list of images.
@@ -110,26 +107,24 @@ def take_over(
     counted = state.record.attempt
     earlier = summaries_by_segment(output.with_attempt(counted)) if counted >= manifest.attempt else {}
     begun = [segment for segment in manifest.segments(output.manifest) if segment.number in earlier]
-    sums = {each.number: add_up(output, options, each, earlier[each.number], max_ranked) for each in begun}
+    sums = {each.number: add_up(output, each, earlier[each.number], max_ranked) for each in begun}
     state.write(replace(state.record, attempt=output.attempt))
     return sums
 
 
-def finish_segment(output: RunOutput, options: OutputOptions, segment: Segment, max_ranked: int) -> RowSummary:
+def finish_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowSummary:
     """Add up the summaries that tasks left of a segment's rows, and remove them.
 
     Raises:
         RunDamagedError: as `add_up` does.
     """
     uris = summaries_by_segment(output).get(segment.number, [])
-    summary = add_up(output, options, segment, uris, max_ranked)
+    summary = add_up(output, segment, uris, max_ranked)
     storage.remove(output.task_summaries(segment.number))
     return summary
 
 
-def add_up(
-    output: RunOutput, options: OutputOptions, segment: Segment, uris: Sequence[str], max_ranked: int
-) -> RowSummary:
+def add_up(output: RunOutput, segment: Segment, uris: Sequence[str], max_ranked: int) -> RowSummary:
     """Add up summaries of a segment's rows in one file of this attempt. If that is all rows, check that they are there.
 
     Raises:
@@ -143,7 +138,7 @@ def add_up(
         )
     is_sum_alone = [uri.rsplit("/", 1)[-1] for uri in uris] == [f"{segment.number:06}.json"]
     if summary.rows == segment.rows and not is_sum_alone:
-        _check_count(output, segment, summary, count_rows(output, _files_of(output, options, summary.tasks)))
+        _check_count(output, segment, summary, count_rows(output, _files_of(output, summary.tasks)))
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)
     check(output.fence)
@@ -151,7 +146,7 @@ def add_up(
     return summary
 
 
-def unwritten_shards(output: RunOutput, options: OutputOptions, segment: Segment, written: RowSummary) -> list[Shard]:
+def unwritten_shards(output: RunOutput, segment: Segment, written: RowSummary) -> list[Shard]:
     """List the shards of a segment that have rows to score, without the rows that are written.
 
     Raises:
@@ -160,7 +155,7 @@ def unwritten_shards(output: RunOutput, options: OutputOptions, segment: Segment
     """
     if not written.rows:
         return list(segment.shards)
-    ids = read_ids(output, _files_of(output, options, written.tasks))
+    ids = read_ids(output, _files_of(output, written.tasks))
     _check_count(output, segment, written, len(ids))
 
     def without_written(shard: Shard) -> Shard:
@@ -194,14 +189,11 @@ def remove_leftovers(output: RunOutput, tasks: Iterable[str]) -> None:
     output.remove_earlier_attempts()
 
 
-def _files_of(output: RunOutput, options: OutputOptions, tasks: Collection[str]) -> list[str]:
+def _files_of(output: RunOutput, tasks: Collection[str]) -> list[str]:
     """List the files that tasks wrote, without listing those of other segments."""
     # Ray names the tasks of one execution alike, but for number and try at the end.
     starts = sorted({f"{task.rsplit('_', 2)[0]}_" for task in tasks})
-    folders = [output.scores]
-    if options.partition_by == "category" and storage.exists(output.scores):
-        folders = [storage.join(output.scores, name) for name in storage.subfolders(output.scores)]
-    listed = storage.in_parallel(lambda where: storage.files_starting(*where), product(folders, starts))
+    listed = storage.in_parallel(lambda start: storage.files_starting(output.scores, start), starts)
     wanted = set(tasks)
     return [uri for uris in listed for uri in uris if task_of(uri) in wanted]
 

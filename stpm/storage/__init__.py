@@ -11,7 +11,6 @@ from stpm.storage.objects import (
     read,
     read_at_most,
     remove,
-    remove_empty_folders,
     remove_unfinished,
     sync,
 )

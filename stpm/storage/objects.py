@@ -243,15 +243,6 @@ def remove(uri: str) -> None:
     raise PermissionError(f"{uri}: not all of it could be removed; check that the credentials may delete")
 
 
-def remove_empty_folders(uri: str) -> None:
-    """Remove the empty folders under a local folder, and the folder itself if it is empty; object stores have none."""
-    if is_local(uri):
-        for name, _, _ in os.walk(absolute(uri), topdown=False):
-            folder = Path(name)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
 def digest(data: bytes) -> str:
     """Return the SHA-256, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -67,24 +67,6 @@ def test_a_night_is_scored_into_its_folder_and_reported(job: Nightly) -> None:
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
 
 
-def test_discoveries_are_those_of_all_runs_of_a_night(job: Nightly) -> None:
-    job.dump(DATE, "a", "b", "c", "d")
-    assert job() == 0
-    assert record(job).discoveries is None
-    job.dump(DATE, "late")
-    assert job(fdr=0.9) == 0
-    found = record(job).discoveries
-    assert found
-    assert found.images == 5
-    assert found.count == sum(row["p_value"] <= found.cut_off for row in job.rows()) > 0
-    assert found.describe() in storage.read(f"{job.out}/nightly.html").decode()
-    # Those of one run alone would be others.
-    folder = NightFolder.of(job.out, DATE)
-    assert not any(RunState(output.state_folder).result().discoveries for output in folder.manifests())
-    assert job() == 0
-    assert record(job).discoveries is None
-
-
 def test_a_night_without_new_images_starts_no_scoring(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     job.dump(DATE, "a", "b")
     assert job() == 0
@@ -281,7 +263,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
     job.dump(DATE, "a", "b", "c")
     with monkeypatch.context() as patch:
         patch.setattr(ModelStore, "image_statistics", unreadable)
-        assert job(fdr=0.5) == 2
+        assert job() == 2
     night = record(job)
     assert (night.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
     assert night.categories["nut"].verdict is None
@@ -357,21 +339,6 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
     assert "503 Slow Down %FF" in storage.read(f"{job.out}/nightly.html").decode()
 
 
-def test_old_nights_are_removed_after_a_night_with_images(job: Nightly) -> None:
-    old = DATE - datetime.timedelta(days=10)
-    job.dump(old, "a", "b")
-    job.dump(DATE, "c")
-    assert job(old) == 0
-    mine = f"{NightFolder.of(job.out, old).uri}/scores/notes.txt"
-    storage.publish(mine, b"mine")
-    assert job(AFTER, keep_days=7) == 3
-    assert record(job, old).images == 2
-    assert job(DATE, keep_days=7) == 0
-    assert storage.files(f"{job.out}/date={old}") == [mine]
-    nights = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"]
-    assert [night["date"] for night in nights] == ["2026-11-24", "2026-11-25"]
-
-
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
     job: Nightly, fresh: bool, monkeypatch: pytest.MonkeyPatch
@@ -416,21 +383,17 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
 
 
 def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
-    """The rows of a night are one table, which has the column `category` in the files or in their path."""
     job.dump(DATE, "a")
     assert job(rate=0.01) == 0
     job.dump(DATE, "late")
-    assert job(rate=0.05, output=OutputOptions(partition_by="category", heatmaps="none")) == 0
+    assert job(rate=0.05, output=OutputOptions(heatmaps="none")) == 0
     runs = [RunState(output.state_folder) for output in NightFolder.of(job.out, DATE).outputs()]
-    assert [run.partition_by() for run in runs] == ["none", "none"]
     config = json.loads(storage.read(runs[1].uri))["config"]
-    assert (config["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
+    assert (config["output"]["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
     assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
 
 
-def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
-    job: Nightly, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_many_errors_are_exit_code_2(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
     job.dump(DATE, "a", "b", "c", "bad")
     assert job(max_error_rate=0.2) == 2
     message = "1 of 4 images are errors, more than --max-error-rate 0.2: see error_kind in the rows"
@@ -439,9 +402,6 @@ def test_too_many_errors_or_an_old_night_that_stays_are_exit_code_2(
     caplog.clear()
     assert job(max_error_rate=0.25) == 0
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
-    monkeypatch.setattr(nightly, "remove_nights_before", Mock(side_effect=OSError("read-only")))
-    assert job(max_error_rate=0.25, keep_days=30) == 2
-    assert "old nights are not all removed: read-only" in caplog.text
 
 
 def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,6 @@ class Nightly:
         *,
         webhook: str = "",
         nights: int = 30,
-        fdr: float = 0.0,
         rate: float = 0.01,
         output: OutputOptions = OutputOptions(),  # noqa: B008  it is frozen
         **options: Any,
@@ -85,7 +84,7 @@ class Nightly:
             "settle": 0,
             "category_from": "{category}/{name}",
         }
-        monitoring = MonitoringOptions(webhook=webhook, nights=nights, fdr=fdr)
+        monitoring = MonitoringOptions(webhook=webhook, nights=nights)
         scoring = ScoreOptions(false_alarm_rate=rate)
         return nightly.run_nightly(NightlyOptions(**values | options), monitoring, output, scoring, ClusterOptions())
 

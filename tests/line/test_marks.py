@@ -62,7 +62,7 @@ def test_a_table_names_only_what_scoring_would_allow(tmp_path: Path) -> None:
         in marks.refused["s3://b/x.png"]
     )
     assert marks.refused[f"{tmp_path}/x.png"].endswith(f"give --allow {tmp_path}")
-    assert marks.refused[f"{uri}, row 5"] == "it has no uri"
+    assert marks.refused[f"{uri}#4"] == "this row of the table has no uri"
     assert read_marks(uri, ["s3://b", str(tmp_path)]).good["nut"] == [
         f"{tmp_path}/x.png",
         "s3://b/x.png",
@@ -84,8 +84,8 @@ def test_only_images_to_be_added_are_refused(tmp_path: Path) -> None:
     marks = read_marks(uri := write(tmp_path / "m.csv", rows), ["https://h"], ["nut"])
     assert marks.good == {}
     assert marks.other == {"defect": 2, "": 1}
-    assert list(marks.refused) == [f"{uri}, row {number}" for number in (3, 4, 6, 7)]
-    assert "https://h/...: this URI holds a query" in marks.refused[f"{uri}, row 7"]
+    assert list(marks.refused) == [f"{uri}#{number}" for number in (2, 3, 5, 6)]
+    assert "https://h/...: this URI holds a query" in marks.refused[f"{uri}#6"]
     assert "SECRET" not in str(marks)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 
 from stpm import storage
@@ -38,30 +37,22 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int, partitioned: bool = False) -> RunOutput:
+def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> RunOutput:
     table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
     for start in range(0, len(rows), size):
         chunk = table.slice(start, size)
-        for category in ("c0", "c1", "c2") if partitioned else ("",):
-            uri = f"{folder}/scores/{f'category={category}/' if category else ''}{name}_{start:04}.parquet"
-            if category:
-                storage.publish(
-                    uri, storage.encode_parquet(chunk.filter(pc.field("category") == category).drop_columns("category"))
-                )
-            else:
-                storage.publish(uri, storage.encode_parquet(chunk), durable=False)
+        storage.publish(f"{folder}/scores/{name}_{start:04}.parquet", storage.encode_parquet(chunk), durable=False)
     return RunOutput.named(str(folder), name)
 
 
-@pytest.mark.parametrize(("batch", "partitioned"), [(7, False), (7, True), (100_000, False)])
+@pytest.mark.parametrize("batch", [7, 100_000])
 def test_counts_and_samples_are_those_of_all_rows_in_any_order(
-    tmp_path: Path, batch: int, partitioned: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run of a night may be partitioned, and another not."""
     monkeypatch.setattr(rows_module, "_BATCH", batch)
     monkeypatch.setattr(rows_module, "SAMPLE", 20)
     first, second = make_rows(200, 0), make_rows(30, 1)
-    categories, found = read_rows([write(tmp_path, "001", first, 13, partitioned), write(tmp_path, "002", second, 30)])
+    categories, found = read_rows([write(tmp_path, "001", first, 13), write(tmp_path, "002", second, 30)])
     assert sorted(categories) == ["c0", "c1", "c2"]
     for name, counted in categories.items():
         own = [row for row in first + second if row["category"] == name]
@@ -69,7 +60,6 @@ def test_counts_and_samples_are_those_of_all_rows_in_any_order(
         assert (counted.images, counted.alarms) == (len(own), sum(row["is_anomalous"] for row in scored))
         assert counted.errors == Counter(row["error_kind"] for row in own if row["error_kind"])
         assert counted.models == Counter(row["model_id"] for row in scored)
-        assert counted.p_values == Counter(row["p_value"] for row in scored)
         p_values, statistics = counted.sample()
         np.testing.assert_array_equal(p_values, np.array([row["p_value"] for row in scored[:20]], np.float32))
         assert list(statistics) == list(COMPARED)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -76,7 +76,7 @@ PEER = json.loads((Path(__file__).parent / "peer_aupro.json").read_text())
 @pytest.mark.parametrize("seed", range(len(PEER["aupro"])))
 def test_aupro_agrees_with_another_implementation(seed: int) -> None:
     counts = count_pixels(*peer_case(seed))
-    assert [counts.aupro(limit).value for limit in PEER["limits"]] == pytest.approx(PEER["aupro"][seed], abs=2e-6)
+    assert [counts.aupro(limit) for limit in PEER["limits"]] == pytest.approx(PEER["aupro"][seed], abs=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -85,70 +85,25 @@ def test_metrics_agree_with_their_definitions(seed: int) -> None:
     counts = count_pixels(maps, masks)
     precision, recall, _ = precision_recall_curve(masks.ravel(), maps.ravel())
     f1 = [2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)]
-    assert counts.auroc() == pytest.approx((roc_auc_score(masks.ravel(), maps.ravel()), 0.0))
-    assert counts.average_precision() == pytest.approx((average_precision_score(masks.ravel(), maps.ravel()), 0.0))
-    assert counts.f1_max() == pytest.approx((max(f1), 0.0))
+    assert counts.auroc() == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
+    assert counts.average_precision() == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()))
+    assert counts.f1_max() == pytest.approx(max(f1))
     for limit in LIMITS:
-        assert counts.aupro(limit) == pytest.approx((aupro_by_definition(maps, masks, limit), 0.0))
+        assert counts.aupro(limit) == pytest.approx(aupro_by_definition(maps, masks, limit))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_with_fewer_keys_the_exact_value_is_within_the_bound(seed: int) -> None:
-    maps, masks = random_case(np.random.default_rng(seed))
-    exact, coarse = count_pixels(maps, masks), count_pixels(maps, masks, max_keys=8)
-    assert len(coarse.keys) <= 8
-    figures = [PixelCounts.auroc, PixelCounts.average_precision, PixelCounts.f1_max]
-    figures += [lambda counts, limit=limit: counts.aupro(limit) for limit in LIMITS]
-    for figure in figures:
-        value, error = figure(coarse)
-        assert abs(value - figure(exact).value) <= error + 1e-12
-
-
-@settings(max_examples=150)
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(1, 200)), min_size=2, max_size=12),
-    st.integers(1, 6),
-)
-def test_ties_in_any_order_are_within_the_bound(groups: list[tuple[int, bool, int]], max_keys: int) -> None:
-    """The pixels of a group have scores that differ in the last bits alone."""
-    scores = np.concatenate([np.full(count, 1 + score * 2.0**-23, np.float32) for score, _, count in groups])
-    defects = np.concatenate([np.full(count, defect) for _, defect, count in groups])
-    assume(defects.any() and not defects.all())
-    counts = count_pixels(scores[None, None], defects[None, None], max_keys)
-    precision, recall, _ = precision_recall_curve(defects, scores)
-    exact = {
-        PixelCounts.auroc: roc_auc_score(defects, scores),
-        PixelCounts.average_precision: average_precision_score(defects, scores),
-        PixelCounts.f1_max: (2 * precision * recall / np.maximum(precision + recall, 1e-300)).max(),
-    }
-    for figure, value in exact.items():
-        found, error = figure(counts)
-        assert abs(found - value) <= error + 1e-12
-    for limit in LIMITS:
-        value, error = counts.aupro(limit)
-        assert abs(value - aupro_by_definition(scores[None, None], defects[None, None], limit)) <= error + 1e-12
-
-
-def test_tied_defects_that_come_first_are_within_the_bound() -> None:
-    """100 good pixels score highest, then 100 tied defects, then 200 good ones that score a little less."""
-    scores = np.repeat(np.array([2.0, 1 + 2.0**-23, 1.0], np.float32), [100, 100, 200])
-    defects = np.repeat([False, True, False], [100, 100, 200])
-    value, error = count_pixels(scores[None, None], defects[None, None], max_keys=2).average_precision()
-    assert (value, average_precision_score(defects, scores)) == pytest.approx((0.25, 0.5))
-    assert error == pytest.approx(0.25)
-
-
-def test_the_bound_is_below_1e_4_on_maps_like_real_ones() -> None:
+def test_with_fewer_keys_values_differ_by_less_than_1e_4_on_maps_like_real_ones() -> None:
     rng = np.random.default_rng(0)
     masks = np.zeros((40, 128, 128), bool)
     masks[::2, 40:60, 50:90] = True
     maps = (rng.lognormal(-9, 1.5, masks.shape) * np.where(masks, 4, 1)).astype(np.float32)
     counts = sum((count_pixels(m[None], k[None]) for m, k in zip(maps, masks, strict=True)), start=PixelCounts.empty())
-    assert counts.lost_bits > 0
-    for figure in (counts.auroc(), counts.average_precision(), counts.f1_max(), counts.aupro(0.3), counts.aupro(0.05)):
-        assert figure.error < 1e-4
-    value, error = counts.auroc()
-    assert abs(value - roc_auc_score(masks.ravel(), maps.ravel())) <= error
+    exact = count_pixels(maps, masks, max_keys=2**20)
+    assert (counts.lost_bits > 0, exact.lost_bits) == (True, 0)
+    for figure in (PixelCounts.auroc, PixelCounts.average_precision, PixelCounts.f1_max):
+        assert 0 < abs(figure(counts) - figure(exact)) < 1e-4
+    for limit in LIMITS:
+        assert 0 < abs(counts.aupro(limit) - exact.aupro(limit)) < 1e-4
 
 
 @given(st.integers(0, 10_000), st.integers(4, 200), st.data())
@@ -177,7 +132,7 @@ def test_regions_touch_at_corners_and_never_across_images() -> None:
     counts = count_pixels(maps, masks)
     assert counts.regions == 2
     # Found: all of one region, none of the other, before any good pixel; then straight to the far corner.
-    assert counts.aupro(1.0).value == pytest.approx((0.5 + 1.0) / 2)
+    assert counts.aupro(1.0) == pytest.approx((0.5 + 1.0) / 2)
 
 
 def test_the_state_does_not_grow_with_the_number_of_images() -> None:
@@ -196,7 +151,7 @@ def test_the_two_zeros_tie_and_negative_scores_are_in_order() -> None:
     masks = np.array([[[False, False, False, True, True]]])
     counts = count_pixels(maps, masks)
     assert len(counts.keys) == 4
-    assert counts.auroc().value == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
+    assert counts.auroc() == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
 
 
 @pytest.mark.parametrize(

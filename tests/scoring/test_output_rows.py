@@ -14,7 +14,6 @@ from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.line.rows import read_rows
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import open_rows
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
 from stpm.scoring.row_summary import RowSummary, task_of
 from stpm.scoring.run_state import ScoringConfig
@@ -85,13 +84,3 @@ def test_a_file_of_other_columns_is_named(tmp_path: Path, reader: str, problem: 
     file = re.escape(f"{output.scores}/scores_{number}.parquet")
     with pytest.raises(RunDamagedError, match=f"^{file} is not a file of rows: it has {problem}$"):
         (READERS | {"ranked": read_ranked})[reader](output)
-
-
-def test_a_foreign_file_beside_partitions_is_named(tmp_path: Path) -> None:
-    output = RunOutput.single(str(tmp_path))
-    in_folder = GOOD.drop_columns(["category"])
-    storage.publish(f"{output.scores}/category=007/scores_0.parquet", storage.encode_parquet(in_folder), durable=False)
-    assert open_rows(output, ["score"]).to_table(columns=["category"])["category"].to_pylist() == ["007"] * 3
-    write_rows(output, in_folder, 1)
-    with pytest.raises(RunDamagedError, match=r"scores/scores_1\.parquet is not a file of rows: it has no column "):
-        scan_rows(output, 5)

@@ -27,7 +27,6 @@ def make_rows(drawn: list[tuple[str, float | None, float, bool]]) -> list[dict[s
             "coarse_score": score if is_scaled else None,
             "fine_score": None,
             "threshold": None if score is None else threshold,
-            "p_value": None if score is None else abs(score) / 4,
             "is_anomalous": None if score is None else score > threshold,
             "bytes": None if score is None else 10 + number,
             "error_kind": ("empty", "damaged")[number % 2] if score is None else "",
@@ -73,9 +72,6 @@ def test_summaries_of_parts_add_up_to_what_a_scan_counts(
             anomalous=sum(bool(row["is_anomalous"]) for row in own),
             errors=sum(bool(row["error_kind"]) for row in own),
         )
-    for category in ("nut", "bolt"):
-        p_values = Counter(row["p_value"] for row in scored if row["category"] == category)
-        assert total.p_values.get(category, {}) == p_values
     expected = sorted(((margin(row), row["image_id"]) for row in scored), reverse=True)[:max_ranked]
     assert [(image.margin, image.image_id) for image in total.ranked] == expected
     for image in total.ranked:

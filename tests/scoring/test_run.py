@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
@@ -29,10 +27,8 @@ from stpm.errors import (
     RunInterruptedError,
     StpmError,
 )
-from stpm.jobs import score as score_job
 from stpm.jobs.models import run_models
 from stpm.jobs.score import run_score
-from stpm.method.false_discovery import Discoveries
 from stpm.method.recipe import Recipe
 from stpm.models import libraries
 from stpm.models.options import ModelsOptions
@@ -55,6 +51,7 @@ from stpm.scoring.scoring_run import ScoringRun
 from tests.conftest import fail_to_read
 from tests.datasets import make_category, make_output
 from tests.models.test_store import save
+from tests.scoring.inputs.helpers import list_rows
 from tests.scoring.inputs.test_manifest import read_shards
 
 # How the errors of a run that must start over end.
@@ -62,11 +59,8 @@ OR_FRESH = ", or --fresh, which removes the rows and starts over"
 
 
 def make_run(root: Path, *uris: str) -> ScoringRun:
-    def rows() -> Iterator[pa.Table]:
-        return image_rows(["-"], CategoryRule("nut"), (), uris)
-
     store, output = ModelStore(str(root / "models")), RunOutput.single(str(root / "run"))
-    return ScoringRun(rows, ScoringConfig(uris, 0.01), store, ScoreOptions(), output)
+    return ScoringRun(lambda: [list_rows(uris)], ScoringConfig(uris, 0.01), store, ScoreOptions(), output)
 
 
 @pytest.fixture
@@ -133,38 +127,16 @@ def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, mon
         patch.setattr(resume_module, "read_models", lambda *_: {})
         finish(run)
     before = run.output.written_uris()
-    sources = ["-", str(tmp_path / "unmounted")]
-    partly = dataclasses.replace(run, rows=lambda: image_rows(sources, CategoryRule("nut"), (), ["/a.png"]))
+    unmounted = [str(tmp_path / "unmounted")]
+    partly = dataclasses.replace(
+        run, rows=lambda: chain([list_rows(["/a.png"])], image_rows(unmounted, CategoryRule("nut")))
+    )
     # The store has no model.
     for mistaken, message in ((partly, "unmounted: no images here"), (run, "no model for category 'nut'")):
         with pytest.raises(StpmError, match=message):
             resume_or_start(mistaken, start_over=True, replace=False)
         assert run.output.written_uris() == before
         assert RunState(run.output.state_folder).is_finished()
-
-
-@pytest.mark.usefixtures("no_models")
-def test_another_list_on_standard_input_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = CollectionOptions(models=f"{tmp_path}/models", images=["-"], out=f"{tmp_path}/run", category="nut")  # type: ignore[arg-type]
-    output = RunOutput.single(options.out)
-
-    def stop_before_ray(run: ScoringRun, *, start_over: bool) -> None:
-        resume_or_start(run, start_over=start_over, replace=False)
-        storage.publish(f"{output.scores}/scores_0.parquet", b"x")
-        raise DataError
-
-    def score(lines: str) -> None:
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-        run_score(options, OutputOptions(), ScoreOptions(), ClusterOptions())
-
-    monkeypatch.setattr(score_job, "run_scoring", stop_before_ray)
-    for same in ("/a.png\n/b.png\n", "/b.png\n\n /a.png"):
-        with pytest.raises(DataError):
-            score(same)
-        assert uris_in(output) == ["/a.png", "/b.png"]
-    for other in ("/c.png\n/d.png\n", "/a.png\n", ""):
-        with pytest.raises(ConfigError, match=r"standard_input was '2 lines, digest .*' and is '"):
-            score(other)
 
 
 def publish_rows(output: RunOutput, start: int, stop: int) -> None:
@@ -224,23 +196,11 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
     assert {name for name in first if shorter[name] != first[name]} == {"triage.html", "run.json"}
 
 
-def test_discoveries_follow_the_rate_without_scoring_again(
-    score: Callable[..., dict[str, int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = partial(RunState, str(tmp_path / "run"))
-    first = score(fdr=0.05)
-    assert state().result().discoveries == Discoveries(0.05, 2, 0.0, {}, 39, {"nut": 5})
-    assert "too few good images calibrate nut (5) for a false discovery rate of 0.05 over 2 images" in caplog.text
-    assert score(fdr=0.05) == first
-    other = score(fdr=0.2)
-    assert {name for name in first if other[name] != first[name]} == {"triage.html", "run.json"}
-    assert state().result().discoveries == Discoveries(0.2, 2, float(np.float32(0.1)), {"nut": 2}, 9, {"nut": 5})
-    assert "2 discoveries among 2 images at a false discovery rate of 0.2 (p ≤ 0.1): nut 2" in caplog.text
+def test_a_finished_run_whose_summaries_are_missing_starts_over(score: Callable[..., object], tmp_path: Path) -> None:
     score()
-    assert state().result().discoveries is None
     storage.remove(f"{tmp_path}/run/summaries/000000/000000.json")
     with pytest.raises(DataError, match=rf"/summaries are of 0 rows, .*; restore the files, or give .*{OR_FRESH}$"):
-        score(fdr=0.2)
+        score()
 
 
 def test_a_run_with_other_models_is_refused_or_started_over(

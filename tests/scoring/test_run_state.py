@@ -31,7 +31,7 @@ def test_a_run_differs_from_each_other_configuration(state: RunState, tmp_path: 
         ({}, []),
         (
             {"images": ("s3://a",), "output": output},
-            ["images was ['s3://a', 's3://b'] and is ['s3://a']", "heatmaps was 'all' and is 'none'"],
+            ["images was ('s3://a', 's3://b') and is ('s3://a',)", "heatmaps was 'all' and is 'none'"],
         ),
         (
             {"category": "", "category_from": "{category}/{name}"},
@@ -39,7 +39,7 @@ def test_a_run_differs_from_each_other_configuration(state: RunState, tmp_path: 
         ),
         (
             {"allow": ("s3://c",), "false_alarm_rate": 0.05},
-            ["false_alarm_rate was 0.01 and is 0.05", "allow was [] and is ['s3://c']"],
+            ["false_alarm_rate was 0.01 and is 0.05", "allow was () and is ('s3://c',)"],
         ),
     ]
     for known, (changes, differences) in product((state, RunState(str(tmp_path))), others):
@@ -110,7 +110,6 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
     [
         ("result", {"statistics": {"image": 1}}),
         ("result.rows", "10"),
-        ("result.discoveries", 5),
         ("config", []),
         ("config.false_alarm_rate", "much"),
         ("models.nut", 1),
@@ -129,4 +128,4 @@ def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, pa
     (values[parent] if parent else values)[name] = value
     (tmp_path / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunDamagedError, match=rf"run\.json is damaged: .*{name}.*$"):
-        RunState(str(tmp_path)).false_alarm_rate()
+        _ = RunState(str(tmp_path)).record

@@ -15,7 +15,6 @@ from PIL import Image
 from stpm import storage
 from stpm.data.heatmaps import palette_png
 from stpm.line.marks import Marks, read_marks
-from stpm.method.false_discovery import Discoveries
 from stpm.models.record import Decision
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
@@ -61,8 +60,8 @@ def output(tmp_path: Path) -> RunOutput:
     return output
 
 
-def write_page(output: RunOutput, max_images: int, discoveries: Discoveries | None = None) -> None:
-    write_triage(output, scan_rows(output, max_images), max_images, MODELS, discoveries)
+def write_page(output: RunOutput, max_images: int) -> None:
+    write_triage(output, scan_rows(output, max_images), max_images, MODELS)
 
 
 def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunOutput) -> None:
@@ -115,16 +114,7 @@ def _size_and_colour(data: bytes) -> tuple[tuple[int, int], tuple[int, ...]]:
         return image.size, image.convert("RGBA").getpixel((99, 99))  # type: ignore[return-value]
 
 
-def test_discoveries_are_marked_and_a_run_without_scores_has_a_page(output: RunOutput, tmp_path: Path) -> None:
-    columns = storage.read_table(f"{output.scores}/scores_1.parquet").to_pydict()
-    columns["p_value"][-2] = 0.001
-    write_rows(output, make_output(40, **columns), 1)
-    cut_off = float(np.float32(0.001))
-    write_page(output, 5, Discoveries(0.1, 99, cut_off, {"nut": 1, "a b#c": 1}, 900, {"nut": 42}))
-    texts = Tags((tmp_path / "triage.html").read_text()).texts
-    assert sum(", a discovery" in text for text in texts) == 1
-    assert any("2 discoveries among 99 images at a false discovery rate of 0.1 (p ≤ 0.001)" in text for text in texts)
-    assert any("too few good images calibrate nut (42)" in text for text in texts)
+def test_a_run_without_scores_has_a_page(tmp_path: Path) -> None:
     write_page(RunOutput.single(str(tmp_path / "empty")), 5)
     assert "The 0 most anomalous images" in (tmp_path / "empty" / "triage.html").read_text()
 

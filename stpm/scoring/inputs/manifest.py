@@ -6,6 +6,7 @@ It is written in shards before scoring starts.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from stpm.errors import ConfigError, DataError, ImageError, RunDamagedError
 from stpm.lease import Fence, check
 from stpm.names import as_utf8, is_utf8
 from stpm.records import from_json, to_json
-from stpm.scoring.inputs.duplicates import DuplicateFinder
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.schema import MANIFEST, Int64Array, error_columns, table
 
@@ -33,6 +33,8 @@ _NO_CATEGORY = ImageError("no_model", "the image has no category; see --category
 BLOCK_ROWS = 64
 # Rows of a file that is written and read whole: enough that there are few files, few enough that one is small.
 SHARD_ROWS = 128 * BLOCK_ROWS
+# Parts of all ids that are sorted one after the other: to sort them at once would take several times their memory.
+_PARTS = 16
 # Shards that are being written at the same time.
 _WRITERS = 8
 
@@ -169,6 +171,7 @@ def write_manifest(
     """
     storage.remove(folder)
     categories: Counter[str] = Counter()
+    ids = array("q")
     # Of all chunks until now, and those with which each shard was written.
     schema, schemas = MANIFEST, []
     ends = [0]
@@ -187,33 +190,32 @@ def write_manifest(
     def read(number: int) -> pa.Table:
         return storage.read_table(_shard_uri(folder, attempt, number))
 
-    with DuplicateFinder() as ids:
+    def counted() -> Iterator[pa.Table]:
+        nonlocal schema
+        for chunk in chunks:
+            ids.frombytes(chunk["image_id"].to_numpy().tobytes())
+            categories.update(_count_categories(chunk))
+            schema = _add_columns(schema, chunk.schema)
+            yield chunk
 
-        def counted() -> Iterator[pa.Table]:
-            nonlocal schema
-            for chunk in chunks:
-                ids.add(chunk["image_id"].to_numpy())
-                categories.update(_count_categories(chunk))
-                schema = _add_columns(schema, chunk.schema)
-                yield chunk
-
-        tables = enumerate(_cut(counted(), min(SHARD_ROWS, segment_rows)))
-        while some := list(islice(tables, _WRITERS)):
-            for rows in storage.in_parallel(write, some):
-                ends.append(ends[-1] + rows)
-                schemas.append(schema)
-        shard_rows = [end - start for start, end in pairwise(ends)]
-        duplicates = (ids.mask(start, end) for start, end in pairwise(ends))
-        written = zip(enumerate(schemas), duplicates, strict=True)
-        incomplete = ((n, mask) for (n, known), mask in written if mask.any() or known != schema)
-        while some_again := list(islice(incomplete, _WRITERS)):
-            numbers = [number for number, _ in some_again]
-            left = []
-            for (number, mask), shard in zip(some_again, storage.in_parallel(read, numbers), strict=True):
-                categories.subtract(_count_categories(shard.filter(pa.array(mask))))
-                left.append((number, shard.filter(pa.array(~mask))))
-            for number, rows in zip(numbers, storage.in_parallel(write, left), strict=True):
-                shard_rows[number] = rows
+    tables = enumerate(_cut(counted(), min(SHARD_ROWS, segment_rows)))
+    while some := list(islice(tables, _WRITERS)):
+        for rows in storage.in_parallel(write, some):
+            ends.append(ends[-1] + rows)
+            schemas.append(schema)
+    shard_rows = [end - start for start, end in pairwise(ends)]
+    is_repeated = _find_repeated(np.frombuffer(ids, np.int64))
+    duplicates = (is_repeated[start:end] for start, end in pairwise(ends))
+    written = zip(enumerate(schemas), duplicates, strict=True)
+    incomplete = ((n, mask) for (n, known), mask in written if mask.any() or known != schema)
+    while some_again := list(islice(incomplete, _WRITERS)):
+        numbers = [number for number, _ in some_again]
+        left = []
+        for (number, mask), shard in zip(some_again, storage.in_parallel(read, numbers), strict=True):
+            categories.subtract(_count_categories(shard.filter(pa.array(mask))))
+            left.append((number, shard.filter(pa.array(~mask))))
+        for number, rows in zip(numbers, storage.in_parallel(write, left), strict=True):
+            shard_rows[number] = rows
     rows = sum(shard_rows)
     manifest = Manifest(rows, ends[-1] - rows, tuple(sorted(+categories)), tuple(shard_rows), segment_rows, attempt)
     check(fence)
@@ -228,6 +230,18 @@ def _shard_uri(folder: str, attempt: int, number: int) -> str:
 def _count_categories(rows: pa.Table) -> dict[str, int]:
     counted: list[dict[str, Any]] = rows["category"].value_counts().to_pylist()
     return {each["values"]: each["counts"] for each in counted}
+
+
+def _find_repeated(ids: Int64Array) -> npt.NDArray[np.bool_]:
+    """Return whether each id is that of an earlier row, (N,)."""
+    flags = np.zeros(len(ids), bool)
+    # Ids are hashes: any of their bits split them evenly.
+    part_of = (ids % _PARTS).astype(np.uint8)
+    for part in range(_PARTS):
+        rows = np.flatnonzero(part_of == part)
+        rows = rows[np.argsort(ids[rows], kind="stable")]
+        flags[rows[1:]] = ids[rows[1:]] == ids[rows[:-1]]
+    return flags
 
 
 def _add_columns(known: pa.Schema, schema: pa.Schema) -> pa.Schema:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from glob import has_magic
 from itertools import islice
-from typing import IO
 
 import pyarrow as pa
 
@@ -19,12 +16,11 @@ from stpm.errors import ImageError, NoImagesError
 from stpm.names import as_utf8
 from stpm.scoring.inputs import tables
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import SHARD_ROWS, ManifestRow, image_id, make_rows
+from stpm.scoring.inputs.manifest import SHARD_ROWS, ManifestRow, make_rows
 from stpm.scoring.inputs.table_rows import table_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.scoring.output import is_picture
 
-STANDARD_INPUT = "-"
 # Whose headers are read at the same time.
 _ARCHIVES = 16
 
@@ -35,18 +31,16 @@ def image_rows(
     sources: Sequence[str],
     rule: CategoryRule,
     allow: Sequence[str] = (),
-    lines: Iterable[str] = (),
     settle: storage.Settle | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the manifest rows of several sources, at most SHARD_ROWS at a time. Duplicates are still among them.
 
     Args:
         sources: folders, prefixes, globs, tar archives, tables (Parquet, CSV, JSON lines), Parquet files that hold
-            the images themselves, or `-` for a list of URIs. A glob may match any of these. A source is taken
-            literally if it exists by that name, or if each of its `*`, `?` and `[` is escaped as `[*]`, `[?]`, `[[]`.
+            the images themselves. A glob may match any of these. A source is taken literally if it exists by that
+            name, or if each of its `*`, `?` and `[` is escaped as `[*]`, `[?]`, `[[]`.
         rule: chooses the category of images whose table does not name one.
         allow: prefixes of the URIs that a table may name; none: see `allowed_prefixes`.
-        lines: the list of URIs, one per line.
         settle: leaves out files and archives that may still be being written; what a table names is not looked at.
 
     Raises:
@@ -56,7 +50,7 @@ def image_rows(
     """
     for source in sources:
         is_empty = True
-        for rows in _source_rows(source, rule, allow, lines, settle or storage.Settle()):
+        for rows in _source_rows(source, rule, allow, settle or storage.Settle()):
             is_empty = False
             yield rows
         if is_empty:
@@ -65,29 +59,7 @@ def image_rows(
             )
 
 
-@contextmanager
-def stored_list(lines: Iterable[str]) -> Iterator[tuple[IO[str], str]]:
-    """Keep a list of URIs that can be read once, as on standard input, in a temporary file.
-
-    Yields:
-        The file; and the number of lines with a digest that does not depend on their order, or "" without lines.
-    """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape") as file:
-        count = total = 0
-        for line in filter(None, map(str.strip, lines)):
-            count += 1
-            total += image_id(as_utf8(storage.absolute(line)))
-            print(line, file=file)
-        yield file, f"{count} lines, digest {total % 2**64:016x}" if count else ""
-
-
-def _source_rows(
-    source: str, rule: CategoryRule, allow: Sequence[str], lines: Iterable[str], settle: storage.Settle
-) -> Iterator[pa.Table]:
-    if source == STANDARD_INPUT:
-        uris = (storage.absolute(line.strip()) for line in lines if line.strip())
-        yield from _file_rows(((ImageRef(uri), None) for uri in uris), rule)
-        return
+def _source_rows(source: str, rule: CategoryRule, allow: Sequence[str], settle: storage.Settle) -> Iterator[pa.Table]:
     uri = storage.absolute(source)
     name = _literal_name(uri)
     if uri.lower().endswith(tables.SUFFIXES):

@@ -32,13 +32,13 @@ def table_rows(uri: str, rule: CategoryRule, allowed: Sequence[str]) -> Iterator
         if clashing := reserved_columns(part.schema.names):
             raise ConfigError(f"{uri}: column {clashing[0]} is one that scoring writes itself; rename it")
         is_empty = False
-        yield with_passthrough(_rows(part, first, uri, rule, allowed), part)
+        yield with_passthrough(part_rows(part, first, uri, rule, allowed), part)
         first += part.num_rows
     if not first:
         raise NoImagesError(f"{uri}: this table {'has no rows' if is_empty else 'names no images'}")
 
 
-def _rows(part: pa.Table, first: int, uri: str, rule: CategoryRule, allowed: Sequence[str]) -> pa.Table:
+def part_rows(part: pa.Table, first: int, uri: str, rule: CategoryRule, allowed: Sequence[str]) -> pa.Table:
     """Make the rows of a part of a table. `first` is the number of its first row in the table."""
     folder, holds_images = uri.rsplit("/", 1)[0], "uri" not in part.schema.names
     rows = []

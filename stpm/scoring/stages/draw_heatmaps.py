@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,6 @@ from stpm import storage
 from stpm.data.encode import encode_jpeg
 from stpm.data.heatmaps import overlay, palette_png
 from stpm.method.preprocessing import Preprocessing
-from stpm.names import HIVE_NULL, MAX_FOLDER_BYTES
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
@@ -29,8 +27,6 @@ from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 _WRITERS = 8
 # Columns that are too large to copy: they are drawn from Arrow's memory, or passed on.
 _BINARY = ("heatmap_levels", "pixels", "anomaly_map")
-# Characters that stay of a name that is too long: each may take 12 bytes.
-_FOLDER_PREFIX = 12
 # An overlay's longer side is at most this many times the longer side of the model's input.
 _MAX_OVERLAY_STRETCH = 4
 
@@ -79,7 +75,7 @@ class DrawHeatmaps:
         )
         if self._progress:
             self._progress.report(BatchReport("draw", RunStatistics(draw_seconds=computed)))
-        return with_folder_names(result) if self._options.partition_by == "category" else result
+        return result
 
     def _pictures(self, row: Mapping[str, Any]) -> Pictures:
         heatmaps = self._options.heatmaps
@@ -115,16 +111,3 @@ class DrawHeatmaps:
         # The run syncs all files at its end: to sync one takes longer than to draw it.
         storage.publish(storage.join(self._output.folder, path), picture, durable=False)
         return path
-
-
-def with_folder_names(rows: pa.Table) -> pa.Table:
-    """Replace categories that cannot be names of folders. No model has such a name: these rows all have an error."""
-    names = [_as_folder(name) for name in rows["category"].to_pylist()]
-    return rows.set_column(rows.schema.get_field_index("category"), "category", pa.array(names, pa.string()))
-
-
-def _as_folder(category: str) -> str:
-    """Replace a category that is too long for a folder when percent-encoded, has a NUL, or means null in Hive."""
-    if len(quote(category, safe="")) <= MAX_FOLDER_BYTES and category != HIVE_NULL and "\0" not in category:
-        return category
-    return f"{category[:_FOLDER_PREFIX].replace(chr(0), '')}… {storage.digest(category.encode())[:12]}"

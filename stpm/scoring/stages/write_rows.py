@@ -30,7 +30,7 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
 
     Args:
         output: of the run, with the attempt that writes.
-        options: whether files are divided by category, and hold raw maps.
+        options: whether files hold raw maps.
         rows_per_file: minimum rows of a file.
         max_ranked: number of the most anomalous images that a summary names.
     """
@@ -42,7 +42,6 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         super().__init__(
             path,
             filesystem=filesystem,
-            partition_cols=["category"] if options.partition_by == "category" else None,
             filename_provider=FilenameProvider(f"{output.name}_{output.attempt:06}", "parquet"),
             # Rows with raw maps are large.
             min_rows_per_file=min(rows_per_file, BLOCK_ROWS if options.raw_maps else sys.maxsize),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ from stpm import storage
 from stpm.data import image_files
 from stpm.data.image_files import ImageRef
 from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import ManifestRow, make_rows
 from stpm.scoring.inputs.sources import image_rows
 
 NUT = CategoryRule("nut")
@@ -21,6 +22,10 @@ def rows(*sources: str, rule: CategoryRule = NUT, **options: Any) -> list[dict[s
     chunks = list(image_rows(sources, rule, **options))
     found: list[dict[str, Any]] = pa.concat_tables(chunks, promote_options="default").to_pylist()
     return found
+
+
+def list_rows(uris: Iterable[str]) -> pa.Table:
+    return make_rows([ManifestRow(ImageRef(uri), "nut") for uri in uris])
 
 
 def read_row(row: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from stpm import storage
 from stpm.data import image_files
 from stpm.errors import ConfigError, DataError, UriError
 from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.sources import image_rows, stored_list
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes, check_allowed
 from stpm.scoring.schema import MANIFEST
 from tests.scoring.inputs.helpers import NUT, rows, write_table
@@ -65,11 +65,9 @@ def test_a_name_that_is_not_utf8_is_a_row_with_an_error(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "nut" / "s.tar", "w") as archive:
         archive.add(tmp_path / name, f"nut/{name}")
     pattern = CategoryRule(pattern="{category}/{name}")
-    (listed,) = rows("-", lines=[str(tmp_path / name)])
     member, alone = sorted(rows(str(tmp_path), rule=pattern), key=lambda row: row["error_kind"])
-    for row in (alone, listed):
-        assert (row["uri"], row["error_kind"]) == (f"{tmp_path}/caf%E9.png", "bad_name")
-        assert "not UTF-8" in row["error_message"]
+    assert (alone["uri"], alone["error_kind"]) == (f"{tmp_path}/caf%E9.png", "bad_name")
+    assert "not UTF-8" in alone["error_message"]
     # A tar member is read by its position, so its name does not matter.
     assert (member["uri"], member["category"]) == (f"{tmp_path}/nut/s.tar#nut/caf%E9.png", "nut")
     assert member["error_kind"] == ""
@@ -77,8 +75,8 @@ def test_a_name_that_is_not_utf8_is_a_row_with_an_error(tmp_path: Path) -> None:
 
 
 def test_several_sources_are_joined_in_order(root: str) -> None:
-    lines = [f"{root}/images/b.png\n", "\n", f"  {root}/elsewhere/no-suffix\n"]
-    found = [row["uri"] for row in rows(f"{root}/images-of-others", "-", lines=lines)]
+    write_table(f"{root}/list.csv", [{"uri": "images/b.png"}, {"uri": "elsewhere/no-suffix"}])
+    found = [row["uri"] for row in rows(f"{root}/images-of-others", f"{root}/list.csv")]
     assert found == [f"{root}/images-of-others/e.png", f"{root}/images/b.png", f"{root}/elsewhere/no-suffix"]
 
 
@@ -116,9 +114,9 @@ def test_a_uri_with_a_secret_is_neither_read_nor_kept(tmp_path: Path) -> None:
     found = rows(f"{tmp_path}/list.jsonl", allow=["https://host", str(tmp_path)])
     assert [row["error_kind"] for row in found] == ["not_allowed", "not_allowed", ""]
     assert "SECRET" not in str(found)
-    for sources, lines in ((secrets[:1], []), (["-"], secrets[1:])):
+    for secret in secrets:
         with pytest.raises(UriError, match=r"https://host/\.\.\.: this URI holds a "):
-            rows(*sources, lines=lines)
+            rows(secret)
 
 
 def test_a_uri_is_allowed_under_a_prefix_only_by_default_the_tables_own_bucket_or_folder() -> None:
@@ -173,16 +171,3 @@ def test_a_clients_own_exception_is_an_error_of_the_source(
     monkeypatch.setattr(MemoryFileSystem, "_open", fail)
     with pytest.raises(DataError, match=f"{name}: this .* cannot be read: HttpError: 503 slow down"):
         rows(f"{memory}/{name}")
-
-
-def test_a_list_keeps_odd_names_and_its_digest_is_of_the_uris_alone() -> None:
-    lines = ["a.png", "b\udcff.png", "~$draft.png", "~nosuchuser/x.png", "file://~x/a.png", "s3://b/c.png"]
-    with stored_list(lines) as (file, digest):
-        file.seek(0)
-        assert file.read().splitlines() == lines
-    assert digest.startswith("6 lines, ")
-    for others, is_same in (([*(f" {line}\n" for line in lines[::-1]), ""], True), (lines[:5], False)):
-        with stored_list(others) as (_, other):
-            assert (other == digest) == is_same
-    with stored_list(["", "\n"]) as (_, other):
-        assert other == ""

@@ -12,16 +12,13 @@ from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
 from stpm import storage
 from stpm.errors import DataError, RunInterruptedError
 from stpm.lease import hold_lease
-from stpm.names import HIVE_NULL
 from stpm.scoring import ranked_rows
 from stpm.scoring.inputs.manifest import Segment, Shard
-from stpm.scoring.options import OutputOptions, PartitionBy
+from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from stpm.scoring.row_summary import RowSummary, task_of
+from stpm.scoring.row_summary import task_of
 from stpm.scoring.run_state import RunState, ScoringConfig
-from stpm.scoring.schema import OUTPUT
-from stpm.scoring.stages.draw_heatmaps import with_folder_names
 from stpm.scoring.stages.write_rows import RowWriter
 from stpm.scoring.written_rows import finish_segment, remove_leftovers, total_of_finished
 from tests.datasets import make_output
@@ -50,11 +47,10 @@ def write(
     writer.write(blocks, SimpleNamespace(kwargs={"write_uuid": 32 * "a"}, task_idx=task))
 
 
-@pytest.mark.parametrize("partition_by", ["none", "category"])
 def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
-    tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
+    output, options = RunOutput.single(str(tmp_path)), OutputOptions()
     state = RunState(output.state_folder)
     state.start(ScoringConfig((), 0.01))
     state.write(replace(state.record, attempt=0))
@@ -62,7 +58,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
         rows = output_rows(*bounds)
         write(output, options, [rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], task, rows_per_file=20)
     scanned = ranked_rows.scan_rows(output, max_ranked=5)
-    assert finish_segment(output, options, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
+    assert finish_segment(output, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
     assert scanned.rows == 100
     with monkeypatch.context() as patch:
         patch.setattr(ranked_rows, "scan_rows", lambda *_: pytest.fail("all rows were read"))
@@ -73,29 +69,18 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
     # The tasks named five images each.
     assert [row["score"] for row in ranked_rows.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
-    for uri in storage.glob(f"{output.scores}/**/scores_000000_{32 * 'a'}_000000_*.parquet")[0]:
+    for uri in storage.glob(f"{output.scores}/scores_000000_{32 * 'a'}_000000_*.parquet")[0]:
         storage.remove(uri)
     with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
         ranked_rows.most_anomalous(output, 4)
 
 
-def test_partitioned_rows_are_read_back_under_the_categories_that_were_counted(tmp_path: Path) -> None:
-    output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by="category")
-    names = ["", "..", "a/b", "a=b", "%41", "é" * 100, "x" * 300, HIVE_NULL, "a\nb", "\0z", "~"]
-    rows = output_rows(0, len(names))
-    rows = rows.set_column(rows.schema.get_field_index("category"), OUTPUT.field("category"), [names])
-    write(output, options, [with_folder_names(rows)])
-    (summary,) = tmp_path.rglob("*.json")
-    assert RowSummary.from_json(summary.read_bytes()).categories == ranked_rows.scan_rows(output, 0).categories
-
-
-@pytest.mark.parametrize("partition_by", ["none", "category"])
 @pytest.mark.parametrize("ended", [False, True])
 def test_of_a_task_that_ray_repeats_one_try_counts(
-    tmp_path: Path, ended: bool, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first, with fewer rows, is suspended until the second or the segment has ended; a third does nothing."""
-    output, options = RunOutput.single(str(tmp_path)), OutputOptions(partition_by=partition_by)
+    output, options = RunOutput.single(str(tmp_path)), OutputOptions()
     segment = Segment(0, (Shard("", 10),))
     publish = storage.publish
 
@@ -103,24 +88,23 @@ def test_of_a_task_that_ray_repeats_one_try_counts(
         monkeypatch.setattr(storage, "publish", publish)
         write(output, options, [output_rows(0, 10)])
         if ended:
-            assert finish_segment(output, options, segment, 5).rows == 10
+            assert finish_segment(output, segment, 5).rows == 10
         publish(uri, data)
 
     monkeypatch.setattr(storage, "publish", suspended)
     write(output, options, [output_rows(0, 9)])
     write(output, options, [output_rows(0, 4)])
-    summary = finish_segment(output, options, segment, 5)
+    summary = finish_segment(output, segment, 5)
     files = [uri for uri in output.files() if task_of(uri) in summary.tasks]
     assert summary.rows == (10 if ended else open_rows(output, files=files).count_rows())
     remove_leftovers(output, total_of_finished(output, summary.rows).tasks)
     assert open_rows(output).count_rows() == summary.rows
 
 
-@pytest.mark.parametrize("partition_by", ["none", "category"])
 def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
-    tmp_path: Path, partition_by: PartitionBy, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, options = str(tmp_path), OutputOptions(partition_by=partition_by)
+    folder, options = str(tmp_path), OutputOptions()
     with hold_lease(folder, False) as fence:
         output = RunOutput.single(folder, fence)
         write(output, options, [output_rows(0, 9)], 0)
