@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from sklearn.metrics import roc_curve
 
 from stpm.data.mvtec import GOOD
@@ -45,17 +45,46 @@ _BINS = 30
 _LOG_SCALE_FROM = 30.0
 
 
-def draw_charts(scores: LabelledScores, salt: str) -> dict[str, str]:
-    """Draw curves and score histogram of a category as SVG by title, without those that would be empty.
+def draw_charts(
+    scores: LabelledScores, history: Mapping[str, Sequence[float]], kept_epoch: int, salt: str
+) -> dict[str, str]:
+    """Draw curves, score histogram and losses of a category as SVG by title, without those that would be empty.
 
-    `salt` makes the ids in these charts differ from those of other charts on the same page.
+    Args:
+        history: columns `number`, `train_loss` and `validation_loss`, an entry per epoch; empty without a student.
+        kept_epoch: number of the epoch whose weights were kept.
+        salt: makes the ids in these charts differ from those of other charts on the same page.
     """
     curves = roc_curves(scores)
     charts: dict[str, Callable[[Axes], None] | None] = {
         "Curves": partial(_draw_curves, curves=curves) if curves else None,
         "Scores of test images": partial(_draw_histogram, scores=scores) if len(scores.scores) else None,
+        "Loss": partial(_draw_losses, history=history, kept_epoch=kept_epoch) if history else None,
     }
     return {title: _svg(draw, f"{salt} {title}") for title, draw in charts.items() if draw}
+
+
+def draw_thresholds(
+    scores: Scores, thresholds: Sequence[float], current: float, defects: Scores | None, salt: str
+) -> str:
+    """Draw which part of the calibration scores, and of labelled defects, is above each score, as SVG.
+
+    Dots are some thresholds, and the dashed line is the current one. The salt is as in `draw_charts`.
+    """
+
+    def draw(axes: Axes) -> None:
+        lowest = min(*thresholds, *(values.min() for values in (scores, defects) if values is not None))
+        for name, values in {"good images": scores, "labelled defects": defects}.items():
+            if values is not None:
+                x = [lowest, *np.sort(values)]
+                axes.step(x, 100 * np.arange(len(values), -1, -1) / len(values), where="post", label=name)
+        above = [100 * float((scores > np.float32(each)).mean()) for each in thresholds]
+        axes.plot(thresholds, above, "o", color=_INK, markersize=3, label="thresholds")
+        axes.axvline(current, color=_INK, linestyle="--", linewidth=1, label="in force")
+        axes.set(xlabel="score", ylabel="images above, %")
+        axes.legend(fontsize=7)
+
+    return _svg(draw, salt)
 
 
 def roc_curves(scores: LabelledScores) -> dict[str, Curve]:
@@ -99,6 +128,19 @@ def _draw_histogram(axes: Axes, scores: LabelledScores) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7, loc="upper right")
+
+
+def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: int) -> None:
+    """Draw training and validation loss over epochs, and mark the kept epoch."""
+    # A single epoch makes no line.
+    marker = "." if len(history["number"]) == 1 else None
+    for name in ("train_loss", "validation_loss"):
+        axes.plot(history["number"], history[name], label=name.replace("_", " "), marker=marker)
+    axes.axvline(kept_epoch, color=_INK, linestyle="--", linewidth=1, label="kept")
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper right")
 
 
 def _svg(draw: Callable[[Axes], None], salt: str) -> str:

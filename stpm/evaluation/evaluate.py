@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pyarrow.dataset as ds
 import ray
@@ -43,8 +43,11 @@ def evaluate_categories(
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
+    history = {record.category: store.history(record).to_pydict() for record in records}
     calibration = {record.category: store.calibration_scores(record)["score"].to_numpy() for record in records}
-    tasks = [remote.remote(output, each, calibration[each.category], masks_at) for each in records]
+    tasks = [
+        remote.remote(output, each, history[each.category], calibration[each.category], masks_at) for each in records
+    ]
     with interrupted_by_ray("evaluation"):
         return results_of(tasks)
 
@@ -61,15 +64,22 @@ def find_labels_without_model(output: RunOutput, categories: Collection[str]) ->
     ]
 
 
-def evaluate_category(output: RunOutput, record: ModelRecord, calibration: Scores, masks_at: MasksAt) -> CategoryResult:
+def evaluate_category(
+    output: RunOutput,
+    record: ModelRecord,
+    history: Mapping[str, Sequence[float]],
+    calibration: Scores,
+    masks_at: MasksAt,
+) -> CategoryResult:
     """Measure one category, and draw its charts and pictures.
 
     Its images are those that a run scored with the model of this record, which has these calibration scores, (n,).
+    `history` is as in `draw_charts`.
     """
     category = ScoredCategory(output, record.category, record.preprocessing)
     # First: it finds rows that the pictures cannot be drawn from.
     scores = read_scores(category, masks_at)
-    charts = draw_charts(scores, salt=category.name)
+    charts = draw_charts(scores, history, record.fit.kept_epoch, salt=category.name)
     threshold = place_threshold(scores.threshold, calibration, record.decision)
     shown = galleries(category, record.heatmap_scale)
     return CategoryResult(record, measure_category(scores), charts, shown, threshold)
@@ -87,6 +97,6 @@ def publish_report(report: Report, out: str, gate: Gate) -> int:
     log_lines(report.text())
     for line in shortfalls:
         log.error(f"falls short: {line}")
-    log.info(f"the report is {storage.join(out, 'report.html')}, with .json and .parquet beside it")
+    log.info(f"the report is {storage.join(out, 'report.html')}, with .json, .parquet and .md beside it")
     code = exit_code(len(report.results), len(report.failures))
     return SOME_FAILED if code == ALL_DONE and shortfalls else code

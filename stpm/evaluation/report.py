@@ -15,7 +15,7 @@ from stpm import storage
 from stpm.errors import join_first
 from stpm.evaluation.gallery import Gallery
 from stpm.evaluation.options import MasksAt
-from stpm.evaluation.summary import headline, metric_rows, summary_rows, write_table
+from stpm.evaluation.summary import escape_markdown, headline, metric_rows, summary_rows, write_table
 from stpm.evaluation.threshold import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
@@ -169,9 +169,19 @@ class Report:
 
     def text(self) -> str:
         """Make the text that is printed: the table and headline, undefined metrics, notes, failures."""
-        failed = (f"{failure.category}: failed: {failure.reason}" for failure in self.failures)
-        lines = [write_table(summary_rows(self._rows())), self.contents["headline"], *self.notes, *failed]
+        lines = [write_table(summary_rows(self._rows()), "simple"), self.contents["headline"], *self._remarks()]
         return "\n".join(filter(None, lines))
+
+    def markdown(self) -> str:
+        """Make report.md: the same, and what the values mean."""
+        protocol = self.contents["protocol"]
+        meaning = (
+            f"Seeds {', '.join(map(str, self.seeds)) or 'none'}; "
+            f"input {protocol.get('input_size')}, {protocol.get('resize')}; masks at {protocol['mask_resolution']}; "
+            f"AUPRO: {protocol['aupro']}."
+        )
+        parts = [escape_markdown(self.contents["headline"]), write_table(summary_rows(self._rows()), "pipe"), meaning]
+        return "\n\n".join([*parts, *(f"- {escape_markdown(line)}" for line in self._remarks())]) + "\n"
 
     def page(self, shortfalls: Sequence[str] = ()) -> str:
         """Make report.html, with the charts and pictures of the first seed, and the shortfalls from the gate.
@@ -190,7 +200,7 @@ class Report:
         )
 
     def files(self) -> dict[str, bytes]:
-        """Make report.json, report.parquet (a row per category and seed) and defects.parquet, by name."""
+        """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
         results = [result for group in self.by_category.values() for result in group]
         rows = [result.row() for result in results]
         defect_rows = [row for result in results for row in result.defect_rows()]
@@ -198,12 +208,16 @@ class Report:
             "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
             "report.parquet": storage.encode_parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
             "defects.parquet": storage.encode_parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
+            "report.md": self.markdown().encode(),
         }
 
     def _rows(self) -> dict[str, dict[str, Any]]:
         """Return the values of each category and then of all: the means of metrics, and the sums of counts."""
         contents = self.contents
         return {**contents["categories"], "mean, sum": contents["mean"] | contents["sum"]} if self.results else {}
+
+    def _remarks(self) -> list[str]:
+        return [*self.notes, *(f"{failure.category}: failed: {failure.reason}" for failure in self.failures)]
 
     def _std_of_mean(self, metric: str) -> float | None:
         """Compute the std over seeds of the mean over categories; None unless every category has every seed."""

@@ -1,4 +1,4 @@
-"""The tables of a report, for terminal and page, and its headline.
+"""The tables of a report, for terminal, Markdown and page, and its headline.
 
 A cell is text; in a second line, which only the page shows, it may have an interval.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -50,14 +50,16 @@ def metric_rows(title: str, rows: Mapping[str, Values]) -> list[Row]:
     ]
 
 
-def write_table(rows: Sequence[Row]) -> str:
-    """Write a table for a terminal; "" without rows."""
+def write_table(rows: Sequence[Row], tablefmt: Literal["simple", "pipe"]) -> str:
+    """Write a table for a terminal, or as Markdown, which is `pipe`; "" without rows."""
     if not rows:
         return ""
     lines = [[cell.partition("\n")[0] for cell in row.values()] for row in rows]
     head = ["\n".join(textwrap.wrap(title, 10)) for title in rows[0]]
+    if tablefmt == "pipe":
+        head, lines = list(rows[0]), [[escape_markdown(cell) for cell in line] for line in lines]
     align = ("left", *("right",) * (len(head) - 1))
-    return str(tabulate(lines, head, disable_numparse=True, colalign=align))
+    return str(tabulate(lines, head, tablefmt, disable_numparse=True, colalign=align))
 
 
 def headline(categories: Mapping[str, Values], every: Values) -> str:
@@ -73,6 +75,11 @@ def headline(categories: Mapping[str, Values], every: Values) -> str:
     found, alarms = _of(*_FOUND, every), _of(*_ALARMS, every)
     least, most = worst(*_FOUND, 1, "fewest"), worst(*_ALARMS, -1, "most")
     return f"{found} defects are found{least}, and {alarms} good images are false alarms{most}."
+
+
+def escape_markdown(text: str) -> str:
+    """Escape the special characters of Markdown's tables and of HTML."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&" else " " if c in "\r\n" else c for c in text)
 
 
 def _metric(name: str, values: Values) -> str:

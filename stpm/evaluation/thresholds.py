@@ -1,4 +1,4 @@
-"""What the thresholds of a model promise: false alarms by its calibration, recall by labelled images."""
+"""What the thresholds of a model promise: false alarms by its calibration, recall by labelled images, and costs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from stpm.console import log_lines
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, ModelDamagedError, ModelError
 from stpm.evaluation.category import ScoredCategory
+from stpm.evaluation.charts import draw_thresholds
 from stpm.method.calibration import log_normal_limit, promised_rates
 from stpm.metrics.intervals import Scores, wilson_interval
-from stpm.models.options import ModelsOptions
+from stpm.models.options import Costs, ModelsOptions
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.pages import render
 from stpm.scoring.output import RunOutput
 
 # Thresholds of a category that are listed, at most; and that which is in force.
@@ -41,6 +43,7 @@ class CategoryThresholds:
         current: the threshold in force.
         defects: scores of labelled defects; None: none are known.
         note: what their recall holds for, or why it is not known; "" if that was not asked.
+        costs: of errors, which need defects; None: not known.
     """
 
     model: ModelRecord
@@ -48,6 +51,7 @@ class CategoryThresholds:
     current: float
     defects: Scores | None = None
     note: str = ""
+    costs: Costs | None = None
 
     @cached_property
     def beyond(self) -> dict[float, float]:
@@ -65,7 +69,7 @@ class CategoryThresholds:
     @property
     def rows(self) -> list[dict[str, str]]:
         """The cells of each threshold by title."""
-        rows = []
+        rows, costs = [], []
         for threshold in map(np.float32, self.listed):
             expected, bound = promised_rates(self.scores, threshold)
             guessed = self.beyond.get(float(threshold))
@@ -80,7 +84,13 @@ class CategoryThresholds:
                 recall, (low, high) = is_found.mean(), wilson_interval(is_found)
                 row["found"] = f"{is_found.sum()} of {len(is_found)}"
                 row["recall"] = f"{recall:.3f} ({low:.3f} to {high:.3f})"
+                if self.costs:
+                    costs.append(self.costs.of_thousand_images(expected, float(recall)))
+                    row["cost of 1,000 images"] = f"{costs[-1]:.4g}"
             rows.append(row)
+        if costs:
+            cheapest = rows[int(np.argmin(costs))]
+            cheapest[""] = f"{cheapest['']} least cost".strip()
         return rows
 
     @property
@@ -93,17 +103,21 @@ class CategoryThresholds:
         )
         if self.beyond:
             promise += " A third number is a guess, as if scores were log-normal: the images are too few for that rate."
-        return list(filter(None, [decided, promise, self.note]))
+        return list(filter(None, [decided, promise, self.note, str(self.costs or "")]))
+
+    def chart(self) -> str:
+        """Draw the thresholds on the curve of the calibration scores, as SVG."""
+        return draw_thresholds(self.scores, self.listed, self.current, self.defects, self.model.category)
 
 
 def show_thresholds(store: ModelStore, categories: Sequence[str], options: ModelsOptions) -> set[str]:
-    """Log the thresholds of some categories, and return the categories that failed.
+    """Log the thresholds of some categories, and write their page, if one is wanted; return the categories that failed.
 
     Raises:
         DataError: if there is no labelled run.
     """
     runs = RunOutput.find_all(storage.absolute(options.labelled)) if options.labelled else []
-    failed = set()
+    tables, failed = [], set()
     for category in categories:
         try:
             record = store.record(category)
@@ -114,10 +128,15 @@ def show_thresholds(store: ModelStore, categories: Sequence[str], options: Model
             log.error(f"{category}: failed: {error}", extra={"category": category})
             continue
         current = record.threshold(scores, options.false_alarm_rate)
-        table = CategoryThresholds(record, scores, current, defects, note)
+        table = CategoryThresholds(record, scores, current, defects, note, None if defects is None else options.costs)
+        tables.append(table)
         log_lines(f"{category}\n{tabulate(table.rows, 'keys', disable_numparse=True, stralign='right')}")
         for line in table.remarks:
             log.info(line)
+    if options.page:
+        page = storage.absolute(options.page)
+        storage.publish(page, render("evaluation/thresholds.html", tables=tables).encode())
+        log.info(f"the thresholds and a picture of them are in {page}")
     return failed
 
 

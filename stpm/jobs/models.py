@@ -65,8 +65,8 @@ def run_models(options: ModelsOptions) -> int:
         columns = [i for i in range(len(_HEAD)) if i < len(_HEAD) - 2 or any(line[i] for line in lines)]
         head, align, *shown = ([line[i] for i in columns] for line in (_HEAD, _ALIGN, *lines))
         log_lines(tabulate(shown, head, disable_numparse=True, colalign=align))
-    if options.thresholds or options.labelled:
-        # It imports scikit-learn, which takes a second.
+    if options.thresholds or options.page or options.labelled:
+        # It imports matplotlib, which takes a second.
         from stpm.evaluation.thresholds import show_thresholds
 
         failed |= show_thresholds(store, done, options)

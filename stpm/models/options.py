@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stpm.errors import ConfigError
 from stpm.options import WAIT_HELP, Names, Options, flag, option
 
 # No category can have this name.
 _ALL = "*"
+
+
+class Costs(NamedTuple):
+    """What a false alarm and a missed defect cost, in one unit, and the fraction of images that have a defect."""
+
+    false_alarm: float
+    miss: float
+    defect_rate: float
+
+    def of_thousand_images(self, false_alarm_rate: float, recall: float) -> float:
+        """Return the cost to expect of 1,000 images."""
+        false_alarms, misses = (1 - self.defect_rate) * false_alarm_rate, self.defect_rate * (1 - recall)
+        return 1000 * (false_alarms * self.false_alarm + misses * self.miss)
+
+    def __str__(self) -> str:
+        rate = f"{self.defect_rate:g} of the images have a defect"
+        return f"A false alarm costs {self.false_alarm:g}, a missed defect {self.miss:g}, and {rate}."
 
 
 @dataclass(frozen=True)
@@ -41,9 +59,13 @@ class ModelsOptions(Options):
     )
     false_alarm_rate: float = option(0.01, "rate whose thresholds are listed, 0 to 1", above=0, below=1)
     thresholds: bool = option(False, "list the false alarms to expect at other thresholds")
+    page: str = option("", "HTML file for them and a picture: a path or a URI")
     labelled: str = option(
         "", "run folder for the recall at them: all of its images have a label, or a random part, not its alarms alone"
     )
+    cost_of_false_alarm: float = option(0.0, "in any unit; with the next two, the least cost is marked", minimum=0)
+    cost_of_miss: float = option(0.0, "of a defect that is not found, in the same unit", minimum=0)
+    defect_rate: float = option(0.0, "fraction of images, 0 to 1, that have a defect", minimum=0, below=1)
     wait: bool = option(False, WAIT_HELP)
 
     def __post_init__(self) -> None:
@@ -59,6 +81,10 @@ class ModelsOptions(Options):
             )
         if len(self.decisions) < len(self.threshold):
             raise ConfigError(f"--threshold is {','.join(self.threshold)}; give each category once")
+        costs = (self.cost_of_false_alarm, self.cost_of_miss, self.defect_rate, self.labelled)
+        if any(costs[:3]) and not all(costs):
+            names = ("cost_of_false_alarm", "cost_of_miss", "defect_rate", "labelled")
+            raise ConfigError(f"the least cost needs all of {', '.join(map(flag, names))}; give all of them, or none")
 
     @property
     def decisions(self) -> dict[str, float | None]:
@@ -69,6 +95,11 @@ class ModelsOptions(Options):
     def wanted(self) -> list[str]:
         """The categories to list or change, each once; empty: all of the store."""
         return [] if _ALL in self.categories else list(dict.fromkeys([*self.categories, *self.decisions]))
+
+    @property
+    def costs(self) -> Costs | None:
+        """The costs of errors; None: they are not known."""
+        return Costs(self.cost_of_false_alarm, self.cost_of_miss, self.defect_rate) if self.defect_rate else None
 
 
 def _parse_threshold(text: str) -> tuple[str, float | None]:

@@ -137,11 +137,13 @@ def test_metrics_in_the_report_agree_with_the_rows(run: Finished) -> None:
     assert all(row["fit_seconds"] > 0 and row["train_loss"] > 0 for row in table)
 
 
-def test_the_report_is_also_written_as_html_and_a_table_of_defects(run: Finished) -> None:
+def test_the_report_is_also_written_as_html_markdown_and_a_table_of_defects(run: Finished) -> None:
     page = (run.out / "report.html").read_text()
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert MARKUP not in page
-    assert page.count("<figure aria-label=") == 2 * 4
+    assert page.count("<figure aria-label=") == 3 * 4
+    lines = (run.out / "report.md").read_text().splitlines()
+    assert sum(line.startswith(tuple(f"| {name}" for name in (*FITTED, "mean"))) for line in lines) == 5
     types = pq.read_table(run.out / "defects.parquet").to_pylist()
     assert {(row["category"], row["defect"]) for row in types} == {(name, "square") for name in FITTED}
 

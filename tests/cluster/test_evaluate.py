@@ -64,6 +64,7 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
         "defects.parquet",
         "report.html",
         "report.json",
+        "report.md",
         "report.parquet",
     }
 

@@ -19,7 +19,7 @@ def test_curves_have_the_area_of_their_metric(tmp_path: Path) -> None:
     assert areas["pixel ROC"] == pytest.approx(values["pixel_auroc"])
     assert areas["PRO to 0.3"] / 0.3 == pytest.approx(values["pixel_aupro"])
     # A chart that would be empty is not drawn.
-    assert draw_charts(read_scores(scored_run(tmp_path / "broken", broken=12)), "salt") == {}
+    assert draw_charts(read_scores(scored_run(tmp_path / "broken", broken=12)), {}, 0, "salt") == {}
 
 
 @pytest.mark.parametrize("scores", [[1e-6, 1e-3, 1.0], [0.5, 0.6, 0.7], [-1.0, 0.0, 5.0], [2.0, 2.0, 2.0]])

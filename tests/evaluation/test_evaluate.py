@@ -27,7 +27,7 @@ def test_a_category_is_evaluated_published_and_checked_against_the_gate(
 ) -> None:
     category = scored_run(tmp_path / "scored")
     out = str(tmp_path / "report")
-    found = evaluate_category(category.output, result("nut", 0, None, None).model, CALIBRATION, "model")
+    found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, CALIBRATION, "model")
     assert found.threshold[:3] == (1.0, 2, "2nd of 4 good")
     report = Report("data", [found])
     assert publish_report(report, out, Gate((), {})) == 0

@@ -26,6 +26,7 @@ from tests.conftest import MODELS
 from tests.evaluation.runs import REPORT, measured, result, scored_run, without_student
 
 EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
+HISTORY = {"number": [1, 2], "train_loss": [0.5, 0.1], "validation_loss": [0.6, 0.2]}
 
 
 @cache
@@ -57,7 +58,7 @@ def evil_page() -> str:
             found_count=5 if name == "b" else 3,
             defect_count=1000 if name == "b" else 5,
         )
-        charts = draw_charts(scores, salt=name)
+        charts = draw_charts(scores, HISTORY, 2, salt=name)
         model = dataclasses.replace(made.model, decision=Decision(0.6, EVIL) if name == "b" else None)
         shown = {"Missed defects": Gallery([tile], 812), "False alarms": Gallery([], 0)}
         results.append(CategoryResult(model, metrics, charts, shown))
@@ -116,13 +117,14 @@ def test_a_scored_run_is_rendered_with_the_scores_of_its_views(tmp_path: Path, v
     category = scored_run(tmp_path, views=views)
     made = result("nut", 0, 0.5, 0.5)
     made = without_student(made) if views else made
-    charts = draw_charts(read_scores(category), salt="")
+    charts = draw_charts(read_scores(category), {} if views else HISTORY, 2, salt="")
     text = Report(
         "data", [CategoryResult(made.model, measured(category), charts, galleries(category, made.model.heatmap_scale))]
     ).page()
     tags = [tag for tag, _ in Tags(text).found]
+    # Without a student there are no losses to draw.
     assert tags.count("image") >= 4
-    assert tags.count("svg") == 2 + 2 * text.count('"pair"')
+    assert tags.count("svg") == (2 if views else 3) + 2 * text.count('"pair"')
     score = max(row["score"] for row in category.rows().to_pylist())
     shown = f" (fine {0.75 * score:.3g}, coarse {0.25 * score:.3g})" if views else ""
     assert f"score {score:.3g}{shown}, threshold 1, anomalous" in text

@@ -61,10 +61,11 @@ def test_counts_thresholds_and_their_promises_are_in_every_file() -> None:
     assert [row[name] for name in ("threshold", "threshold_rank", "found_count")] == [1.0, 2, 3]
     assert other["threshold_source"] == "2nd of 4 good"
     headline = "6 of 10 defects are found, and 2 of 8 good images are false alarms."
-    for shown in (REPORT.text(), REPORT.page(), report["headline"]):
+    for shown in (REPORT.text(), REPORT.page(), REPORT.markdown(), report["headline"]):
         assert headline in shown
     cells = ["b", "0.5000", "–", "–", "3 of 5", "1 of 4", "1", "2nd of 4 good", "40.00%", "67.95%"]
     assert "  ".join(cells) in re.sub(" {2,}", "  ", REPORT.text())
+    assert " | ".join(cells) in re.sub(" +", " ", REPORT.markdown())
 
 
 def test_the_headline_names_the_worst_category_and_seeds_count_in_the_mean() -> None:
@@ -127,6 +128,7 @@ def test_the_protocol_has_the_inputs_values_in_common() -> None:
     assert both.contents["protocol"]["input_size"] == "varies"
     assert [both.contents["categories"][name]["input_size"] for name in ("a", "long")] == ["64x64", "96x32"]
     assert [row["input_size"] for row in rows_of(both)] == ["64x64", "96x32"]
+    assert "input varies, stretch, bilinear" in both.markdown()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,16 @@ def test_a_model_without_a_student_is_reported_without_losses() -> None:
     assert (values["recipe"]["student"], values["recipe"]["memory"]) == ("none", 50)
     assert [row["train_loss"] for row in rows_of(report)] == [None, None]
     assert "0.5000" in report.text()
+
+
+def test_the_markdown_table_escapes_names() -> None:
+    report = Report("data", [result("a|b", 0, 0.5, None)], [Failure("c", "<b>\n| x")])
+    text = report.markdown()
+    table = text.split("\n\n")[1].splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    assert "0.5000" in table[2]
+    assert "\\<b\\>" in text
+    assert "<b>" not in text
 
 
 def test_the_mean_over_categories_has_its_std_over_seeds() -> None:

@@ -1,8 +1,9 @@
-"""Thresholds with what they promise: the numbers, and the text of the job."""
+"""Thresholds with what they promise: the numbers, the text of the job, and the page in a browser."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,26 @@ from stpm.errors import DataError
 from stpm.evaluation.thresholds import CategoryThresholds
 from stpm.jobs.models import run_models
 from stpm.method.calibration import log_normal_limit
-from stpm.models.options import ModelsOptions
+from stpm.models.options import Costs, ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import Names
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult
+from tests.browser import Tags, check_page
 from tests.conftest import MODELS
 from tests.datasets import make_output, write_rows
 from tests.evaluation.runs import result
 from tests.models.test_store import save
 
+EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
 MODEL = result("nut", 0, None, None).model
 
 
 def test_the_numbers_are_those_that_anyone_can_count(rng: np.random.Generator) -> None:
     scores = np.sort(rng.normal(0, 1, 60).astype(np.float32))
     defects = rng.normal(2, 1, 40).astype(np.float32)
-    table = CategoryThresholds(MODEL, scores, 0.5, defects)
+    table = CategoryThresholds(MODEL, scores, 0.5, defects, costs=Costs(1, 50, 0.01))
     thresholds = [np.float32(row["threshold"]) for row in table.rows]
     assert thresholds == sorted(thresholds, reverse=True)
     guessed = {row["if log-normal"]: np.float32(row["threshold"]) for row in table.rows if row["if log-normal"]}
@@ -40,6 +43,7 @@ def test_the_numbers_are_those_that_anyone_can_count(rng: np.random.Generator) -
     assert [row["threshold"] for row in table.rows if "in force" in row[""]] == ["0.5"]
     assert (max({*thresholds} - {*guessed.values()}), thresholds[-1]) == (scores[-1], scores[-31])
     assert 10 <= len(thresholds) <= 15
+    costs = []
     for threshold, row in zip(thresholds, table.rows, strict=True):
         rate, found = (1 + (scores > threshold).sum()) / 61, (defects > threshold).sum()
         low, high = stats.binomtest(int(found), 40).proportion_ci(method="wilson")
@@ -48,6 +52,10 @@ def test_the_numbers_are_those_that_anyone_can_count(rng: np.random.Generator) -
         assert row["expected of 1,000 good"] == f"{1000 * rate:.1f}"
         assert row["in 9 of 10 cases at most"] == f"{1000 * bound:.1f}"
         assert (row["found"], row["recall"]) == (f"{found} of 40", f"{found / 40:.3f} ({low:.3f} to {high:.3f})")
+        costs.append(1000 * (0.99 * rate + 0.01 * 50 * (1 - found / 40)))
+        assert row["cost of 1,000 images"] == f"{costs[-1]:.4g}"
+    assert [i for i, row in enumerate(table.rows) if "least cost" in row[""]] == [int(np.argmin(costs))]
+    assert 0 < int(np.argmin(costs)) < len(costs) - 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -95,14 +103,16 @@ def test_recall_needs_labels_of_more_than_alarms(store: Store, caplog: pytest.Lo
         store.show(labelled=str(store.root / "run"))
     store.score({"good": [0.1, 0.5], "dent": [0.3, 0.9], "": [9.0] * 7})
     labelled = {"labelled": str(store.root / "run")}
-    assert store.show(**labelled) == 0
+    assert store.show(**labelled, cost_of_false_alarm=1.0, cost_of_miss=50.0, defect_rate=0.1) == 0
     lines = [" ".join(line.split()) for line in caplog.messages if "1 of 2 " in line]
     # Of the calibration scores 0.2, 0.4 and 0.7, the largest is in force.
+    costs = [f"{900 * rate + 100 * 50 / 2:g}" for rate in (0.25, 0.5)]
     assert lines == [
-        "in force 0.7 0.2500 250.0 535.8 1 of 2 0.500 (0.095 to 0.905)",
-        "0.4 0.5000 500.0 804.2 1 of 2 0.500 (0.095 to 0.905)",
+        f"in force least cost 0.7 0.2500 250.0 535.8 1 of 2 0.500 (0.095 to 0.905) {costs[0]}",
+        f"0.4 0.5000 500.0 804.2 1 of 2 0.500 (0.095 to 0.905) {costs[1]}",
     ]
     assert "labels of alarms alone flatter" in caplog.text
+    assert "A false alarm costs 1, a missed defect 50, and 0.1 of the images have a defect." in caplog.messages
     caplog.clear()
     # Each of the labelled is an alarm, as those that a person marked on the page of alarms.
     store.score({"good": [0.5], "dent": [0.9], "": [0.1] * 7})
@@ -128,3 +138,22 @@ def test_recall_is_that_of_a_model_with_the_same_scores(store: Store, caplog: py
     assert f"no run there has scored nut with a model of this store that scores as {other.model_id} does" in caplog.text
     store.score({"good": [0.1], "dent": [0.9]}, "nut-removed")
     assert store.show(**labelled) == 3
+
+
+def test_the_page_is_readable_and_escapes_what_a_person_wrote(store: Store, browser: Any, tmp_path: Path) -> None:
+    page, labels = tmp_path / "thresholds.html", {"good": [0.1, 0.3], "dent": [0.3, 0.6, 0.9]}
+    store.score(labels)
+    assert (
+        store.show(threshold=Names(["nut=0.5"]), by="ann", because=EVIL, page=str(page), labelled=f"{tmp_path}/run")
+        == 0
+    )
+    text = page.read_text()
+    assert any("decided by ann" in piece and EVIL in piece for piece in Tags(text).texts)
+    assert [tag for tag, _ in Tags(text).found].count("svg") == 1
+    assert "<script" not in text
+    # Below all scores is every image.
+    assert "100" in Tags(text).texts
+    # A dot at each threshold, and one in the legend.
+    dots = re.search(r'<g id="line2d_\d+">(?:(?!</g>).)*?(?:<use[^>]*>\s*){3}', text, re.DOTALL)
+    assert dots
+    check_page(browser, page.as_uri())

@@ -111,7 +111,7 @@ def test_labels_without_a_model_are_failures_and_a_run_without_labels_is_reporte
     finish_run(output, record.model_id, store.uri)
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
     monkeypatch.setattr(
-        evaluate_job, "evaluate_categories", lambda *_: [evaluate_category(output, record, CALIBRATION, "model")]
+        evaluate_job, "evaluate_categories", lambda *_: [evaluate_category(output, record, {}, CALIBRATION, "model")]
     )
     with pytest.raises(DataError, match="no image has a label; score a table that has the column `label`"):
         evaluate(run=output.folder)
@@ -193,7 +193,7 @@ def test_without_test_images_metrics_are_undefined(tmp_path: Path) -> None:
     model = result("nut", 0, None, None).model
     split().score([model], ModelStore(str(tmp_path / "models")), output)
     assert not output.files()
-    report = Report("data", [evaluate_category(output, model, CALIBRATION, "model")])
+    report = Report("data", [evaluate_category(output, model, {}, CALIBRATION, "model")])
     assert publish_report(report, str(tmp_path), Gate((), {})) == 0
     undefined = "nut: image_auroc, image_average_precision, image_f1_max undefined: no defective ones among 0"
     assert undefined in report.text()
