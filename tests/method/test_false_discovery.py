@@ -7,9 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
-from stpm.method.calibration import Calibration
 from stpm.method.false_discovery import benjamini_hochberg, find_discoveries
-from stpm.method.scales import HeatmapScale
 
 RATES = st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.5])
 # Categories of a run: the number of calibration images n, and of each image how many of them score as high or higher.
@@ -73,18 +71,3 @@ def test_too_small_calibrations_are_named_on_one_line() -> None:
         "of their images can be a discovery unless 1999 or more calibrate them"
     )
     assert find_discoveries({"small": {float(np.float32(1 / 11)): 10}}, {"small": 10}, 0.1).warning() == ""
-
-
-def test_the_rate_holds_over_nights_that_share_a_calibration() -> None:
-    rng = np.random.default_rng(0)
-    rate, fractions = 0.2, []
-    for _ in range(1000):
-        calibration = Calibration(np.sort(rng.normal(size=200)).astype(np.float32), HeatmapScale(0.0, 1.0))
-        good, bad = rng.normal(size=80), rng.normal(4, 1, size=20)
-        p_values = calibration.p_values(np.concatenate([good, bad]).astype(np.float32))
-        cut_off = find_discoveries({"nut": Counter(p_values.tolist())}, {"nut": 200}, rate).cut_off
-        found = p_values <= cut_off
-        fractions.append(found[:80].sum() / max(found.sum(), 1))
-    # The expectation is at most rate · 80/100; three standard errors of the mean.
-    assert np.mean(fractions) < 0.16 + 3 * np.std(fractions) / np.sqrt(1000)
-    assert np.mean(fractions) > 0.1
