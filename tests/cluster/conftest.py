@@ -202,13 +202,20 @@ def s3() -> Iterator[dict[str, str]]:
     server.stop()
 
 
-@pytest.fixture
-def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextlib.contextmanager
+def own_ray() -> Iterator[None]:
     """Connect this process to a Ray of its own, which the jobs of `call_job` share."""
-    # As for the clusters of other tests: Ray reads it once in a process.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with connected():
+    with pytest.MonkeyPatch.context() as patch:
+        # As for the clusters of other tests: Ray reads it once in a process.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connected():
+            yield
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with own_ray():
         yield
 
 

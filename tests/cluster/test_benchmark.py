@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import OUTPUT
-from tests.cluster.conftest import TINY_RECIPE, call_job, run_job
+from tests.cluster.conftest import TINY_RECIPE, call_job
 from tests.datasets import encode_image, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
@@ -50,7 +50,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def run(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Finished:
     root = tmp_path_factory.mktemp("benchmark")
     data, out = root / "data", root / "out"
     make_category(str(data), "colour")
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     (data / "hollow").mkdir()
     make_category(str(data), MARKUP)
     (data / "license.txt").write_text("not a category")
-    return Finished(data, out, run_job("benchmark", "--data", str(data), "--out", str(out), *OPTIONS))
+    return Finished(data, out, call_job("benchmark", "--data", str(data), "--out", str(out), *OPTIONS))
 
 
 def test_the_report_and_the_log_name_each_failure(run: Finished) -> None:
@@ -148,7 +148,7 @@ def test_the_report_is_also_written_as_html_markdown_and_a_table_of_defects(run:
     assert {(row["category"], row["defect"]) for row in types} == {(name, "square") for name in FITTED}
 
 
-def test_a_second_run_fits_nothing_and_gets_the_same_metrics(run: Finished, ray_here: None) -> None:
+def test_a_second_run_fits_nothing_and_gets_the_same_metrics(run: Finished) -> None:
     before = run.report["categories"]
     some = ["--data", str(run.data), "--out", str(run.out), "--categories", "colour,grey"]
     again = call_job("benchmark", *some, *OPTIONS)

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from stpm.data.mvtec import read_category
-from tests.cluster.conftest import fit, read_rows, run_job
+from tests.cluster.conftest import call_job, fit, read_rows
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
@@ -37,7 +37,8 @@ def check_rows() -> None:
     assert {name: category["rows"] for name, category in result["categories"].items()} == counts
 
 
-def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folder: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Using `min_rows_per_file` with non-empty:DeprecationWarning")
+def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folder: Path, ray_here: None) -> None:
     make_category("data", "nut")
     fit("data", "models")
     with Path("manifest.csv").open("w") as file:
@@ -49,10 +50,10 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
             rows.writerow([working_folder / f"{number}.png", category, "", "", 8])
     score = ["--models", "models", "--images", "manifest.csv", "--out", "run", "--raw-maps"]
     score += ["--max-error-rate", "1"]
-    assert run_job("score", *score).returncode == 0
+    assert call_job("score", *score).returncode == 0
     check_rows()
 
-    done = run_job("evaluate", "--run", "run", "--out", "report")
+    done = call_job("evaluate", "--run", "run", "--out", "report")
     assert done.returncode == 0
     report = json.loads(Path("report/report.json").read_text())
     scored = [row for row in read_rows("run") if not row["error_kind"]]
@@ -70,7 +71,7 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
 
     # At the masks' own size, and compared to the first report.
     gate = ["--baseline", "report/report.json", "--require", "mean.image_auroc=1.0,nut.image_recall=0.0"]
-    other = run_job("evaluate", "--run", "run", "--out", "other", "--masks-at", "original", *gate)
+    other = call_job("evaluate", "--run", "run", "--out", "other", "--masks-at", "original", *gate)
     assert other.returncode == 2
     assert "the baseline's mask_resolution is" in other.stdout
     assert ("falls short: mean.image_auroc" in other.stdout) == (expected < 1)

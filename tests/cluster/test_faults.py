@@ -5,20 +5,18 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from stpm import storage
 from stpm.errors import HOW_TO_CONTINUE
 from tests.cluster.conftest import (
     FIT_WORKER,
-    HANGS,
     KILLS,
     TINY_RECIPE,
     children,
-    environment,
     kill_tree,
     run_job,
     start_job,
@@ -26,7 +24,7 @@ from tests.cluster.conftest import (
     wait_for_success,
 )
 from tests.conftest import REPOSITORY
-from tests.datasets import fitted_categories, make_category
+from tests.datasets import CRASHING_SITECUSTOMIZE, crashing_image, fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
@@ -107,21 +105,13 @@ def test_a_fit_after_a_killed_driver_gives_the_same_models(
 
 
 def test_a_category_that_crashes_its_worker_twice_fails(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASHING_SITECUSTOMIZE)
+    data, models = str(tmp_path / "data"), str(tmp_path / "models")
     for name in ("a", "b", "crashing"):
-        make_category(str(tmp_path / "data"), name, train=12 if name == "crashing" else 8)
-    models = tmp_path / "models"
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.crashing_task", str(tmp_path / "data"), str(models)],
-        env=environment(PYTHONPATH=str(REPOSITORY)),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
-    print(process.stdout, process.stderr)
-    assert process.returncode == 0
-    assert "outcome a fitted" in process.stdout
-    assert "outcome b fitted" in process.stdout
-    assert "outcome crashing failed its worker process died 2 times" in process.stdout
-    assert fitted_categories(str(models)) == ["a", "b"]
+        make_category(data, name, train=12 if name == "crashing" else 8)
+    storage.publish(f"{data}/crashing/train/good/000.png", crashing_image())
+    options = ["--data", data, "--models", models, "--workers", "2", "--epochs", "2", *TINY_RECIPE]
+    ran = run_job("fit", *options, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    assert ran.returncode == 2
+    assert "  failed: its worker process died 2 times" in ran.stdout
+    assert fitted_categories(models) == ["a", "b"]

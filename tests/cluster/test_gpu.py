@@ -31,6 +31,8 @@ def cluster() -> Iterator[None]:
     """Start a node with a GPU, for the jobs of this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        # Ray Train would ask the dashboard, which this cluster has not, and wait for it.
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
         patch.setenv("RAY_ADDRESS", cluster.address)
         yield

@@ -14,7 +14,7 @@ from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
-COUNT = 60
+COUNT = 40
 
 
 def test_the_drivers_memory_stays_constant_and_workers_do_not_wait_for_it(tmp_path: Path) -> None:

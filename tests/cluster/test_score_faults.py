@@ -51,9 +51,9 @@ pytestmark = pytest.mark.cluster
 # Every pair if kills are repeated, otherwise each victim and each store once.
 VICTIMS = [(SCORER, "s3"), (DECODER, "local"), *([(SCORER, "local"), (DECODER, "s3")] if len(KILLS) > 1 else [])]
 END_OF_DRIVER = {DECODER: kill_tree, SCORER: subprocess.Popen.kill}
-IMAGES = 1000
+IMAGES = 800
 # With few rows per file and two segments, a kill finds some of them written, some half written and some not begun.
-OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "600"]
+OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "500"]
 OPTIONS += ["--scoring-batch-size", "4", "--max-error-rate", "1"]
 # Files that are written before a kill, at most: more are to come.
 MAX_FILES = 3

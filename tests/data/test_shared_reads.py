@@ -27,18 +27,20 @@ def test_one_thread_reads_a_key_and_the_others_wait() -> None:
 
 
 def test_a_read_that_hangs_delays_no_other_key_and_is_replaced() -> None:
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
     hangs = [True]
 
     def read(key: str) -> str:
         if key == "hangs" and hangs.pop():
             hangs.append(False)
+            begun.set()
             release.wait(60)
         return key.upper()
 
     shared = SharedReads(read, max_results=2, max_seconds=0.05)
     first = threading.Thread(target=shared.get, args=["hangs"], daemon=True)
     first.start()
+    assert begun.wait(60)
     assert shared.get("other") == "OTHER"
     # Longer than the read may take.
     time.sleep(0.1)

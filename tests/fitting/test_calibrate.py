@@ -15,7 +15,6 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import TrainingImages
 from stpm.method import preprocessing
-from stpm.method.calibration import Calibration
 from stpm.method.fusion import Distances
 from stpm.method.recipe import Recipe
 from tests.conftest import MODELS
@@ -176,38 +175,3 @@ def test_scores_of_folds_are_those_of_banks_that_never_saw_them(features_of: Fea
     scores, _, _ = calibrate_by_folds(features, recipe)
     assert scores.shape == (9,)
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_p_values_of_normal_images_are_not_too_small(any_model: Recipe, features_of: FeaturesOf) -> None:
-    """Calibrate on random images of different contrast, and score others of the same kind."""
-    rng = np.random.default_rng(0)
-    contrast = rng.lognormal(2.5, 0.5, (90, 1, 1, 1))
-    images = unpadded(np.clip(120 + contrast * rng.normal(size=(90, 64, 64, 3)), 0, 255).astype(np.uint8))
-    features = features_of(any_model, images)
-    detector = fit_uncalibrated(features, np.arange(20), np.arange(20), any_model)
-    p_values = []
-    for _ in range(40):
-        later = rng.permutation(np.arange(20, 90))
-        calibrating, heatmap_scale, scales = calibrate(
-            detector, features, [(detector.memory, np.sort(later[:4]))], later
-        )
-        maps = anomaly_maps(detector, select(images, later[4:34]), scales)
-        scores = np.array([each.score(any_model.top_fraction) for each in maps], np.float32)
-        p_values.append(Calibration(np.sort(calibrating), heatmap_scale).p_values(scores))
-    for rate in (0.2, 0.4):
-        alarms = (np.array(p_values) <= rate + 1e-6).mean(axis=1)
-        assert alarms.mean() <= rate + 4 * alarms.std() / np.sqrt(len(alarms))
-
-
-def test_patch_scores_above_normal_images(any_model: Recipe, features_of: FeaturesOf, rng: np.random.Generator) -> None:
-    recipe = dataclasses.replace(any_model, teacher="demo", teacher_weights="", epochs=12)
-    features = features_of(recipe)
-    train, held_out = split_images(np.arange(9), recipe)
-    detector = fit_uncalibrated(features, train, held_out, recipe)
-    _, _, scales = calibrate(detector, features, [(detector.memory, held_out)], held_out)
-    normal = rng.integers(90, 130, (6, 64, 64, 3), dtype=np.uint8)
-    odd = normal.copy()
-    odd[:, 20:40, 20:40] = 250
-    maps = anomaly_maps(detector, unpadded(np.concatenate([normal, odd])), scales)
-    scores = np.array([each.score(recipe.top_fraction) for each in maps])
-    assert scores[6:].min() > 2 * scores[:6].max()

@@ -78,24 +78,27 @@ def test_a_model_that_storage_does_not_give_is_not_replaced(
     assert ModelStore(store).versions("nut") == before
 
 
+@pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet", "fit.html"])
+@pytest.mark.parametrize("cut", [True, False])
 def test_damaged_model_is_reported_and_fitted_again(
-    tmp_path: Path, fitted_keys: list[str], tiny: Recipe, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fitted_keys: list[str], file: str, cut: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data, store = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models")
+    data, store, recipe = categories(tmp_path, nut=8, bolt=8), str(tmp_path / "models"), MODELS["student and memory"]
     for _ in range(2):
-        fit(data, tiny, store)
+        fit(data, recipe, store)
     assert len(fitted_keys) == 2
-    (student,) = (tmp_path / "models" / "nut").rglob("student.safetensors")
-    student.write_bytes(student.read_bytes()[:-1])
+    (damaged,) = (tmp_path / "models" / "nut").rglob(file)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1]) if cut else damaged.unlink()
     caplog.clear()
-    results = fit(data, tiny, store)
+    results = fit(data, recipe, store)
     assert fitted_keys[2:] == ["nut (seed 0)"]
     assert all(result.record for result in results)
     (message,) = [each for each in caplog.messages if "fitted again" in each]
     assert message.startswith("nut (seed 0): fitted again: ")
-    size = student.stat().st_size
-    assert f"student.safetensors: has {size - 1} bytes, {size} expected" in message
-    fit(data, tiny, store)
+    assert f"{file}: {f'has {len(whole) - 1} bytes, {len(whole)} expected' if cut else 'no such file'}" in message
+    assert damaged.read_bytes() == whole
+    fit(data, recipe, store)
     assert len(fitted_keys) == 3
 
 

@@ -26,7 +26,7 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import Size
 from tests.conftest import MODELS, SETTINGS
-from tests.datasets import encode_image, make_category
+from tests.datasets import make_category
 
 EVERY_EPOCH = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0)
 
@@ -142,33 +142,6 @@ def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, a
     assert fit(now()) == before == stored_model(now())
 
 
-def test_damaged_model_is_not_reused(root: str, caplog: pytest.LogCaptureFixture) -> None:
-    task = task_in(root, MODELS["student and memory"])
-    record = fit(task)
-    for file in record.files:
-        uri = f"{task.store}/nut/{record.model_id}/{file}"
-        data = storage.read(uri)
-        storage.publish(uri, data + b" ")
-        assert stored_model(task) is None
-        assert f"{file}: has {len(data) + 1} bytes, {len(data)} expected" in caplog.messages[-1]
-        storage.remove(uri)
-        assert stored_model(task) is None
-        assert f"{file}: no such file" in caplog.messages[-1]
-        storage.publish(uri, data)
-    storage.remove(uri)
-    fit(task)
-    assert stored_model(task) == ModelStore(task.store).load("nut").record
-
-
-def test_damaged_teacher_is_written_again(root: str, tiny: Recipe) -> None:
-    task = task_in(root, tiny)
-    uri = f"{task.store}/teachers/{task.teacher_digest}.safetensors"
-    whole = storage.read(uri)
-    storage.publish(uri, whole[:100])
-    task_in(root, tiny)
-    assert storage.read(uri) == whole
-
-
 def test_gpu_out_of_memory_fails_without_halving_the_batch(
     tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,15 +229,3 @@ def test_auto_size_follows_the_images(tmp_path: Path, tiny: Recipe) -> None:
     assert record.recipe == recipe
     assert stored_model(task) == ModelStore(task.store).record("nut")
     assert stored_model(dataclasses.replace(task, recipe=dataclasses.replace(recipe, pixels=10_000))) is None
-
-
-def test_images_of_mixed_proportions_are_fitted(tmp_path: Path, any_model: Recipe) -> None:
-    recipe = dataclasses.replace(any_model, resize="fit", held_out_fraction=0.4)
-    task = task_in(tmp_path, recipe)
-    for i, (height, width) in enumerate(((20, 60), (60, 20), (1, 50), (50, 1))):
-        pixels = np.random.default_rng(i).integers(90, 130, (height, width, 3), dtype=np.uint8)
-        storage.publish(task.train[i][0], encode_image(pixels))
-    record = fit(task)
-    for loss in (record.fit.train_loss, record.fit.validation_loss):
-        assert 0 < loss < 2 if recipe.student != "none" else loss is None
-    assert np.isfinite(ModelStore(task.store).load("nut").calibration.scores).all()

@@ -112,14 +112,6 @@ def test_the_smallest_number_of_images_has_a_page_and_no_warning(tmp_path: Path,
     assert storage.read(page_of(task, record)).count(b"<img") == count
 
 
-def test_a_fit_that_is_repeated_has_the_same_page(tmp_path: Path) -> None:
-    pages = []
-    for store in ("one", "two"):
-        task = task_in(tmp_path, MODELS["two views"], store, train=9)
-        pages.append(storage.read(page_of(task, fit(task))))
-    assert pages[0] == pages[1]
-
-
 @pytest.mark.parametrize(
     ("lines", "left", "error"),
     [

@@ -42,14 +42,6 @@ def test_score_exceeds_threshold_iff_p_value_within_rate(calibration: list[float
     assert above == (p <= supported + 1e-6)
 
 
-@given(st.lists(st.floats(0, 8, width=32), min_size=2, max_size=60), st.floats(0.001, 0.999))
-def test_threshold_keeps_false_alarm_rate_for_each_left_out_score(values: list[float], rate: float) -> None:
-    """Exchangeable: each of n + 1 scores is as likely to be the new one. So at most this rate of them may alarm."""
-    scores = np.array(values, np.float32)
-    alarms = sum(scores[i] > threshold(np.sort(np.delete(scores, i)), rate) for i in range(len(scores)))
-    assert alarms <= max(rate * len(scores) + 1e-6, 1)
-
-
 @given(SCORES, st.floats(-1, 9))
 def test_any_threshold_promises_what_the_rate_with_the_same_alarms_does(values: list[float], threshold: float) -> None:
     scores = calibrate(values).scores

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from stpm.method.calibration import Calibration
@@ -207,14 +206,6 @@ def test_fuse_ignores_padding(case: tuple[tuple[int, int], list[int]], seed: int
             np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("method", ["product", "sum", "quantile"])
-def test_fuse_with_full_mask_equals_no_mask(method: FusionMethod) -> None:
-    maps = random_maps((8, 6), (4, 3))
-    everything = [torch.ones_like(d, dtype=torch.bool) for d in maps]
-    first, second = (fuse_any(method, maps, valid, 32, 24) for valid in (everything, [None] * 2))
-    torch.testing.assert_close(first, second)
-
-
 def score_all(
     held_out: list[Tensor], new: list[Tensor], levels: int, student_weight: float = 0.25, two_views: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -231,35 +222,6 @@ def score_all(
     without_each = leave_one_out_scales(samples, weights)
     held_out_scores = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]
     return np.array(held_out_scores), np.array(scores(new, fit_scales(samples, weights)))
-
-
-@pytest.mark.parametrize("factor", [1000.0, 1e-3])
-@pytest.mark.parametrize("part", range(3))
-def test_fuse_quantile_is_independent_of_a_parts_unit(part: int, factor: float) -> None:
-    held_out, new = (random_maps((8, 8), (4, 4), (8, 8), images=6, seed=seed) for seed in (1, 2))
-    expected = score_all(held_out, new, 1)
-    scaled = [[factor * d if i == part else d for i, d in enumerate(maps)] for maps in (held_out, new)]
-    for found, before in zip(score_all(*scaled, 1), expected, strict=True):
-        np.testing.assert_allclose(found, before, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("clear", range(4))
-@pytest.mark.parametrize("heavy", [False, True])
-def test_fuse_quantile_keeps_signal_of_one_part_among_noisy_ones(clear: int, heavy: bool) -> None:
-    """One map of four responds to the defects; the others, of the same weight, are noise on larger scales."""
-    rng = np.random.default_rng(clear)
-
-    def maps(images: int, defects: bool) -> list[Tensor]:
-        noise = rng.exponential(size=(4, images, 16, 16)) if heavy else np.abs(rng.normal(size=(4, images, 16, 16)))
-        noise *= np.array([1.0, 100.0, 1e-3, 7.0]).reshape(4, 1, 1, 1)
-        if defects:
-            noise[clear, :, 4:7, 4:7] *= 12
-        return list(torch.from_numpy(noise.astype(np.float32)))
-
-    held_out, good, bad = maps(10, False), maps(40, False), maps(40, True)
-    new = [torch.cat(pair) for pair in zip(good, bad, strict=True)]
-    _, scores = score_all(held_out, new, 2, student_weight=0.5)
-    assert roc_auc_score([0] * 40 + [1] * 40, scores) > 0.95
 
 
 # With the weight of 0.25, p-values of five images are valid at all rates but 0.5, where 0.56 of the images are below.

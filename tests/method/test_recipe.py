@@ -16,56 +16,36 @@ def test_presets_match_their_sources() -> None:
     assert (paper.batch_size, paper.epochs, paper.size, paper.normalisation) == (32, 100, "256x256", "teacher")
     assert (notebook.optimiser, notebook.learning_rate, notebook.batch_size, notebook.epochs) == ("adam", 4e-4, 4, 20)
     assert (notebook.size, notebook.normalisation) == ("256x256", "none")
-    default = PRESETS["default"]
-    changed = {f.name for f in dataclasses.fields(Recipe) if getattr(default, f.name) != getattr(paper, f.name)}
-    assert changed == {
-        *("schedule", "warmup_epochs", "batch_size", "epochs", "min_steps", "size", "resize"),
-        *("memory", "fusion", "top_fraction", "pixels", "coarse_pixels", "brightness"),
-        "calibration_folds",
-    }
     for preset in (paper, notebook):
         assert (preset.student, preset.memory, preset.fusion, preset.resize) == ("stpm", 0, "product", "stretch")
         assert (preset.smoothing, preset.top_fraction, preset.held_out_fraction) == (0.0, 0.0, 0.2)
-    assert (default.memory, default.fusion, default.top_fraction) == (2000, "quantile", 0.005)
-    assert (default.size, default.resize, default.pixels, default.coarse_pixels) == ("auto", "fit", 491_520, 36_864)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "values"),
     [
-        ("levels", Integers()),
-        ("levels", Integers((3, 1))),
-        ("levels", Integers((1, 1))),
-        ("levels", Integers((-1, 1))),
-        ("size", Size("8")),
-        ("size", Size("64x5000")),
-        ("pixels", 1000),
-        ("batch_size", 0),
-        ("epochs", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("loss_factor", float("inf")),
-        ("momentum", 1.0),
-        ("weight_decay", -1.0),
-        ("held_out_fraction", 0.0),
-        ("held_out_fraction", 1.0),
-        ("seed", -1),
-        ("smoothing", -1.0),
-        ("smoothing", 101.0),
-        ("smoothing", float("nan")),
-        ("top_fraction", -0.1),
-        ("top_fraction", 1.0),
-        ("top_fraction", float("nan")),
-        ("student_weight", 0.0),
-        ("student_weight", 1.0),
-        ("memory", -1),
-        ("memory", 1_000_001),
-        ("teacher", ""),
+        ("levels", [Integers(), Integers((3, 1)), Integers((1, 1)), Integers((-1, 1))]),
+        ("size", [Size("8"), Size("64x5000")]),
+        ("pixels", [1000]),
+        ("batch_size", [0]),
+        ("epochs", [0]),
+        ("learning_rate", [0.0, float("nan")]),
+        ("loss_factor", [float("inf")]),
+        ("momentum", [1.0]),
+        ("weight_decay", [-1.0]),
+        ("held_out_fraction", [0.0, 1.0]),
+        ("seed", [-1]),
+        ("smoothing", [-1.0, 101.0, float("nan")]),
+        ("top_fraction", [-0.1, 1.0, float("nan")]),
+        ("student_weight", [0.0, 1.0]),
+        ("memory", [-1, 1_000_001]),
+        ("teacher", [""]),
     ],
 )
-def test_recipe_refuses_values_out_of_range(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{field.replace('_', '-')} is .*; give"):
-        Recipe(**{field: value})
+def test_recipe_refuses_values_out_of_range(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=f"{field.replace('_', '-')} is .*; give"):
+            Recipe(**{field: value})
 
 
 @pytest.mark.parametrize(

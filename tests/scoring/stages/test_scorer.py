@@ -11,17 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stpm import storage
-from stpm.data import decoding
 from stpm.method.arithmetic import Arithmetic, Capabilities
 from stpm.method.teacher import Teacher
 from stpm.models.store import ModelStore
-from stpm.scoring.stages.detector_cache import DetectorCache
 from tests.conftest import fail_to_read
 from tests.scoring.stages.helpers import (
     CATEGORIES,
-    KINDS,
-    PREPROCESSING,
     current_models,
     decode,
     manifest,
@@ -29,32 +24,6 @@ from tests.scoring.stages.helpers import (
     score,
     scorer,
 )
-
-
-def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> None:
-    rows = manifest(run)
-    mixed = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
-    store = ModelStore(str(run / "models"))
-    models = DetectorCache(store, current_models(store), torch.device("cpu"), Arithmetic(), 2**30)
-    for row in score(run, mixed).to_pylist():
-        detector = models.detector(row["category"])
-        pixels = decoding.decode(storage.read(row["uri"]), PREPROCESSING[row["category"]]).pixels
-        whole = np.array([[0, 0, 64, 64]], np.int32)
-        inputs = detector.teacher.inputs(torch.from_numpy(pixels[None].copy()))
-        (expected,) = detector.anomaly_maps(detector.distances(inputs, whole), whole)
-        recipe = detector.recipe
-        actual = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
-        np.testing.assert_allclose(actual, expected.total, atol=1e-4 * np.abs(expected.total).max())
-        highest = np.sort(actual.ravel())[-max(round(recipe.top_fraction * 64 * 64), 1) :]
-        assert row["score"] == pytest.approx(highest.mean(), rel=1e-6)
-        views = [row[view] for view in ("fine_score", "coarse_score") if row[view] is not None]
-        assert len(views) == {"student and memory": 1, "student": 0, "memory": 1}[KINDS[row["category"]]]
-        assert views == pytest.approx(expected.scores(recipe.top_fraction)[1:], rel=1e-3, abs=1e-3)
-        assert row["model_id"] == detector.record.model_id
-        assert row["is_anomalous"] == (row["score"] > row["threshold"])
-        assert row["area"] == pytest.approx((actual > np.float32(row["threshold"])).mean())
-        y, x = np.unravel_index(actual.argmax(), actual.shape)
-        assert (row["peak_x"], row["peak_y"]) == (int((x + 0.5) * 40 / 64), int((y + 0.5) * 48 / 64))
 
 
 def test_pixels_and_anomaly_maps_are_kept_only_if_asked_for(run: Path) -> None:
