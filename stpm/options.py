@@ -24,6 +24,7 @@ EXCLUDE_HELP = (
     "text file (a path or URI) of good images to leave out, such as a model's fit.html saves: in each line a URI, or a "
     "file name that one of them has"
 )
+CATEGORIES_HELP = "; in a --config file also a mapping of categories that have options of their own (docs/recipes.md)"
 WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 
 
@@ -123,7 +124,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        fields = dataclasses.fields(self)
+        fields = [field for field in dataclasses.fields(self) if field.metadata]
         required = [field.name for field in fields if field.metadata["required"]]
         if missing := [flag(name) for name in required if not getattr(self, name)]:
             raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
@@ -137,7 +138,7 @@ class Options:
                 object.__setattr__(self, field.name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{flag(field.name)} is {value}; give a finite number")
-            if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
+            if value is not None and not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
                 valid = " and ".join(f"{words} {limit}" for words, limit in limits.items())
                 raise ConfigError(f"{flag(field.name)} is {value}; give {valid}")
             if not field.metadata["is_secret"]:
@@ -170,3 +171,15 @@ class ClusterOptions(Options):
         "auto: openvino where every node has it. On a GPU PyTorch computes them",
     )
     plan: bool = option(False, "print what would run on each node of the cluster, and start nothing")
+
+
+@dataclass(frozen=True)
+class TrackingOptions(Options):
+    """Where MLflow keeps what a job has made."""
+
+    track: str = option(
+        "",
+        "MLflow tracking URI, a server (http://mlflow:5000) or a folder, to log recipes, losses, metrics and pages to "
+        "(pip install 'stpm[mlflow]'); credentials: MLFLOW_TRACKING_USERNAME and _PASSWORD; none: log nothing there",
+    )
+    experiment: str = option("", "experiment in MLflow; none: the name of the data set's or the run's folder")

@@ -35,7 +35,7 @@ def test_a_command_line_becomes_dataclasses() -> None:
         "--teacher-weights /w.pth --workers 2 --require mean.image_auroc=0.9 --wait --no-wait "
         "--require=nut.image_auroc=0.8,a.image_recall=0"
     )
-    options, recipe, pool, _, gate, _, log = COMMANDS["benchmark"].parse(line.split())
+    options, recipe, pool, _, gate, _, _, log = COMMANDS["benchmark"].parse(line.split())
     # A list that is given several times has all values; of another option the last one counts.
     assert options == BenchmarkOptions("s3://b/d", "s3://b/o", ("a", "b"), seeds=(0, 1, 4))
     assert recipe == dataclasses.replace(PRESETS["notebook"], epochs=3, teacher_weights="/w.pth")
@@ -232,7 +232,7 @@ def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.Captu
         # Without spaces: lines are broken at hyphens too.
         group = "".join(shown.split(f"\n{title}:\n")[1].split("\n\n")[0].split())
         for field in dataclasses.fields(kind):
-            if field.name not in COMMANDS[name].hidden:
+            if field.metadata and field.name not in COMMANDS[name].hidden:
                 assert f"--{field.name.replace('_', '-')}" in group
                 assert "".join(field.metadata["help"].split()) in group
                 assert not field.metadata["required"] or f"--{field.name} ..." in shown.splitlines()[0]

@@ -15,8 +15,8 @@ from stpm.cluster.placement import nodes_for_plan
 from stpm.cluster.ray_failures import interrupted_by_ray
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
-from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError
-from stpm.fitting.options import WorkerOptions
+from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError, join_first
+from stpm.fitting.options import CategoryOptions, WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import choose_normalisation
@@ -27,7 +27,7 @@ from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.method.views import levels_of_teacher
-from stpm.models.record import ModelRecord
+from stpm.models.record import Decision, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
 from stpm.options import ClusterOptions
@@ -35,15 +35,23 @@ from stpm.options import ClusterOptions
 log = logging.getLogger(__name__)
 
 
-def read_categories(root: str, wanted: Sequence[str], exclude: str = "") -> tuple[list[mvtec.Category], dict[str, str]]:
+def read_categories(
+    root: str, wanted: Sequence[str], exclude: str = "", by_category: Sequence[CategoryOptions] = ()
+) -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
     Leave out the good images that the file `exclude` lists, if one is given.
 
     Raises:
-        DataError: if the data set is missing or empty, or a wanted category does not exist; or as `mvtec.exclude`.
+        DataError: if the data set is missing or empty, or a wanted category does not exist, or one that has options of
+            its own; or as `mvtec.exclude`.
     """
     names = mvtec.find_categories(root, wanted)
+    if by_category:
+        try:
+            mvtec.find_categories(root, [each.category for each in by_category])
+        except DataError as error:
+            raise DataError(f"categories in {by_category[0].file}: {error}") from error
     in_lower_case = Counter(map(str.casefold, names))
 
     def read(name: str) -> mvtec.Category | DataError | PermissionError:
@@ -63,11 +71,23 @@ def read_categories(root: str, wanted: Sequence[str], exclude: str = "") -> tupl
     return mvtec.exclude(usable, exclude) if exclude else usable, failures
 
 
-def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:
+def own_options(
+    categories: Sequence[mvtec.Category], recipe: Recipe, by_category: Sequence[CategoryOptions]
+) -> list[tuple[mvtec.Category, CategoryOptions]]:
+    """Pair each category with its own options, or with the recipe that holds for those without any."""
+    own = {each.category: each for each in by_category}
+    return [(each, own.get(each.name) or CategoryOptions(each.name, recipe)) for each in categories]
+
+
+def count_good_images(
+    categories: Sequence[mvtec.Category], recipe: Recipe, by_category: Sequence[CategoryOptions] = ()
+) -> dict[str, tuple[int, int]]:
     """Count the good images of each category that has enough to fit on, and those that will calibrate its model."""
-    counts = {category.name: len(category.train) for category in categories}
-    enough = {name: count for name, count in counts.items() if count >= recipe.min_images}
-    return {name: (count, recipe.calibration_count(count)) for name, count in enough.items()}
+    return {
+        each.name: (len(each.train), own.recipe.calibration_count(len(each.train)))
+        for each, own in own_options(categories, recipe, by_category)
+        if len(each.train) >= own.recipe.min_images
+    }
 
 
 def fit_categories(
@@ -77,6 +97,7 @@ def fit_categories(
     workers: WorkerOptions,
     cluster: ClusterOptions,
     wait: bool,
+    by_category: Sequence[CategoryOptions] = (),
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
@@ -84,30 +105,39 @@ def fit_categories(
 
     Args:
         categories: with their training images.
-        recipe: of all models; its seed is not used.
+        recipe: of the models of categories without their own; its seed is not used.
         stores: URI of the model store, by seed.
+        by_category: recipes, and the thresholds that new models begin with.
 
     Returns:
         One result per category and seed.
 
     Raises:
-        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
+        ConfigError: if a teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
             wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
         RunInterruptedError: if no node came in time, or Ray failed.
     """
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe))
-    # Raise the error of an unknown normalisation once, instead of in each category.
-    choose_normalisation(recipe)
+    pairs = own_options(categories, recipe, by_category)
+    if names := [own.category for _, own in pairs if own.file]:
+        log.info(f"categories with options of their own: {join_first(names)}")
+    teachers = {}
+    for each in dict.fromkeys(own.recipe for _, own in pairs):
+        if _teacher_of(each) not in teachers:
+            teachers[_teacher_of(each)] = load_teacher_weights(*_teacher_of(each))
+        # Raise the error of an unknown normalisation once, instead of in each category.
+        choose_normalisation(each)
     with ExitStack() as leases:
         tasks: list[FitTask] = []
         for seed, uri in stores.items():
             leases.enter_context(hold_lease(uri, wait))
             store = ModelStore(uri)
-            digest = store.put_teacher(weights)
-            for category in categories:
-                seeded = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
-                tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest))
+            digests = {teacher: store.put_teacher(weights) for teacher, weights in teachers.items()}
+            for category, own in pairs:
+                digest = digests[_teacher_of(own.recipe)]
+                seeded = dataclasses.replace(own.recipe, seed=seed).for_image_count(len(category.train))
+                decision = None if own.threshold is None else Decision(own.threshold, own.file)
+                tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest, decision))
         planned = storage.in_parallel(_plan, tasks)
         results = [result for result in planned if result]
         unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]
@@ -119,6 +149,10 @@ def fit_categories(
                 arithmetic = choose_arithmetic(examine_devices(gpus=resources.gpus > 0), cluster.backend)
                 results += run_worker_group(unfinished, workers, resources, arithmetic, scratch, progress)
         return results
+
+
+def _teacher_of(recipe: Recipe) -> tuple[str, str, tuple[int, ...]]:
+    return recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe)
 
 
 def _plan(task: FitTask) -> FitResult | None:
@@ -141,6 +175,7 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
         # A model is reused even if images were added to its calibration since.
         if model := existing_model(task, (versions.current,)):
             _log(task, f"model {model.model_id} is there already, with this recipe and these images")
+            _compare_thresholds(task, model)
             return model
         current = store.record(task.category, versions.current.model_id)
     except NoModelError:
@@ -164,8 +199,25 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
             "to --add-good again",
         )
     if current.decision:
-        _log(task, f"a new model begins without the threshold of {current.model_id}: {current.decision}")
+        begins = (
+            f"with the threshold {task.decision.threshold:.9g} and without that"
+            if task.decision
+            else "without the threshold"
+        )
+        _log(task, f"a new model begins {begins} of {current.model_id}: {current.decision}")
     return None
+
+
+def _compare_thresholds(task: FitTask, model: ModelRecord) -> None:
+    """Warn if a model that is there has not the threshold that a new one would begin with: a fit changes no model."""
+    if task.decision and (not model.decision or model.decision.threshold != task.decision.threshold):
+        wanted = f"{task.decision.threshold:.9g}"
+        log.warning(
+            f"{task.key}: {task.decision.by} has the threshold {wanted} for new models; this one's stays "
+            f"{model.decision or 'what the false-alarm rate of a run makes it'}. To change it: "
+            f"{ModelStore(task.store).decide_command(task.category, wanted)}",
+            extra={"category": task.category},
+        )
 
 
 def existing_model(task: FitTask, versions: Sequence[Version]) -> ModelRecord | None:

@@ -81,6 +81,7 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
         gpu_ram=settings.gpu_ram,
         teacher_digest=digest,
         data_fingerprint=task.data_fingerprint,
+        decision=task.decision,
         checkpoint=Checkpoint(store.checkpoint_uri(task.category), fingerprint, settings.checkpoint_seconds),
     )
     record = detector.publish(store, task.category)

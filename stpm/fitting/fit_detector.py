@@ -25,11 +25,11 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images
 from stpm.method.backbones import teacher_licence
-from stpm.method.calibration import Calibration
+from stpm.method.calibration import Calibration, describe_promise
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
-from stpm.models.record import FitRecord, ModelRecord
+from stpm.models.record import Decision, FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
@@ -47,6 +47,7 @@ def fit_detector(
     gpu_ram: int,
     teacher_digest: str,
     data_fingerprint: str,
+    decision: Decision | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Detector:
     """Decode the images, train the student, build the memory, and calibrate.
@@ -62,6 +63,7 @@ def fit_detector(
         gpu_ram: bytes of a GPU's memory for the teacher's features.
         teacher_digest: SHA-256 of the teacher's weights.
         data_fingerprint: of the images, see `stpm.fitting.task.fingerprint`; a store keeps it.
+        decision: the threshold that the model begins with; None: none.
         checkpoint: of the student's training.
 
     Returns:
@@ -85,6 +87,8 @@ def fit_detector(
     suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
     if suspicious:
         report(FitWarning(suspicious))
+    if decision:
+        report(f"the threshold is {decision}. {describe_promise(scores, decision.threshold)}")
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
@@ -115,6 +119,7 @@ def fit_detector(
             calibration_count=len(scores),
             device=torch.cuda.get_device_name() if teacher.device.type == "cuda" else f"cpu, {teacher.backend}",
         ),
+        decision=decision,
         files=describe_files(files),
     )
 

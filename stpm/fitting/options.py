@@ -5,7 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.options import EXCLUDE_HELP, WAIT_HELP, Names, Options, option
+from stpm.method.recipe import Recipe
+from stpm.options import CATEGORIES_HELP, EXCLUDE_HELP, WAIT_HELP, Names, Options, option
+
+
+@dataclass(frozen=True)
+class CategoryOptions(Options):
+    """What holds for one category alone: a recipe of its own, and the options below.
+
+    An entry of `categories:` in a --config file has these options, and those of the recipe but its seed.
+
+    Args:
+        file: which file says so; "" if none does.
+    """
+
+    category: str
+    recipe: Recipe
+    file: str = ""
+    threshold: float | None = option(
+        None, "threshold that a new model begins with, decided by whoever wrote the file", minimum=-3e38, maximum=3e38
+    )
 
 
 @dataclass(frozen=True)
@@ -17,7 +36,9 @@ class FitOptions(Options):
         "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-good",
     )
     models: str = option("", "model store to write to: a folder or a URI", required=True)
-    categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
+    categories: Names = option(
+        Names(), f"categories to fit, separated by commas; none: all categories of the data set{CATEGORIES_HELP}"
+    )
     exclude: str = option("", EXCLUDE_HELP)
     false_alarm_rate: float = option(
         0.01,
@@ -37,6 +58,7 @@ class FitOptions(Options):
         "separated by commas",
     )
     wait: bool = option(False, WAIT_HELP)
+    by_category: tuple[CategoryOptions, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

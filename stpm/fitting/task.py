@@ -8,7 +8,7 @@ from functools import cached_property
 
 from stpm import storage
 from stpm.method.recipe import Recipe
-from stpm.models.record import ModelRecord
+from stpm.models.record import Decision, ModelRecord
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class FitTask:
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.
         teacher_digest: digest of the teacher's weights in that store.
+        decision: the threshold that the model begins with, which neither reuses a model nor fits one again; None: none.
     """
 
     category: str
@@ -27,6 +28,7 @@ class FitTask:
     recipe: Recipe
     store: str
     teacher_digest: str
+    decision: Decision | None = None
 
     @property
     def key(self) -> str:

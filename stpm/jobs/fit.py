@@ -17,12 +17,15 @@ from stpm.line.marks import read_marks
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, WantedBackend
+from stpm.options import ClusterOptions, TrackingOptions, WantedBackend
+from stpm.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 
-def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
+def run_fit(
+    options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions, tracking: TrackingOptions
+) -> int:
     """Run the fit job; return its exit code: 0 all fitted, 2 some categories failed, 3 no category was fitted.
 
     Raises:
@@ -30,20 +33,24 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         DataError: if the data set or the table of images cannot be read.
     """
     if options.add_good:
-        if cluster.plan:
-            raise ConfigError("--plan is given with --add-good, which it cannot describe; leave one of them out")
+        if cluster.plan or tracking.track:
+            given = "--plan" if cluster.plan else "--track"
+            raise ConfigError(f"{given} is given with --add-good, which it cannot describe; leave one of them out")
         return _add_good(options, cluster.backend)
+    tracker = Tracker(tracking, options.data)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
-        categories, failures = read_categories(storage.absolute(options.data), options.categories, options.exclude)
+        data, own = storage.absolute(options.data), options.by_category
+        categories, failures = read_categories(data, options.categories, options.exclude, own)
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})
             return ALL_DONE
-        warn_about_few_good_images(count_good_images(categories, recipe), options.false_alarm_rate)
+        warn_about_few_good_images(count_good_images(categories, recipe, own), options.false_alarm_rate)
         results = []
         if categories:
             stores = {recipe.seed: store}
-            results = fit_categories(categories, recipe, stores, workers, cluster, options.wait)
+            results = fit_categories(categories, recipe, stores, workers, cluster, options.wait, own)
+            tracker.log_fits(results)
     failed = len(failures) + sum(result.record is None for result in results)
     done = len(results) + len(failures) - failed
     log.info(f"{done} of {done + failed} categories are fitted; their models are in {options.models}")
