@@ -31,7 +31,7 @@ from stpm.jobs.fit import run_fit
 from stpm.method.calibration import threshold
 from stpm.method.recipe import PRESETS
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, Names, TrackingOptions
+from stpm.options import ClusterOptions, Names
 
 
 def score(store: ModelStore, name: str, images: Sequence[mvtec.TestImage]) -> npt.NDArray[np.float32]:
@@ -66,7 +66,7 @@ def measure(store: ModelStore, data: str, category: mvtec.Category, work: Path, 
         marks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         start = time.perf_counter()
         options = FitOptions(models=store.uri, false_alarm_rate=rate, add_good=str(marks), allow=Names((data,)))
-        run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions(), TrackingOptions())
+        run_fit(options, PRESETS["default"], WorkerOptions(), ClusterOptions())
         report(6, f"{len(lines)} good images of night 5 added ({feedback}) in {time.perf_counter() - start:.1f} s")
         store.set_versions(name, before)
 

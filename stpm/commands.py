@@ -18,7 +18,7 @@ from stpm.line.options import MonitoringOptions, NightlyOptions
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.names import hide_urls
-from stpm.options import ClusterOptions, Size, TrackingOptions
+from stpm.options import ClusterOptions, Size
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 
 # What other options say is what a job works on, and where.
@@ -30,7 +30,6 @@ _HEADINGS: dict[type, str] = {
     MonitoringOptions: "monitoring",
     ReportOptions: "report",
     ClusterOptions: "cluster",
-    TrackingOptions: "tracking",
 }
 
 
@@ -42,7 +41,7 @@ _JOBS = (
     Job(
         name="fit",
         description="Fit one model per category of a data set in the MVTec AD layout, with Ray Train.",
-        groups=_groups(FitOptions, Recipe, WorkerOptions, ClusterOptions, TrackingOptions),
+        groups=_groups(FitOptions, Recipe, WorkerOptions, ClusterOptions),
         check=("data", "stpm.data.mvtec:find_categories"),
         run="stpm.jobs.fit:run_fit",
         example="stpm fit --data s3://plant/reference --models s3://plant/models",
@@ -57,7 +56,7 @@ _JOBS = (
     Job(
         name="evaluate",
         description="Report on a run that is scored already: a benchmark, or a score job with labelled images.",
-        groups=_groups(EvaluateOptions, ReportOptions, ClusterOptions, TrackingOptions),
+        groups=_groups(EvaluateOptions, ReportOptions, ClusterOptions),
         hidden=("backend", "first_node", "plan"),
         check=("run", "stpm.scoring.output:RunOutput.find_all"),
         run="stpm.jobs.evaluate:run_evaluate",
@@ -66,9 +65,7 @@ _JOBS = (
     Job(
         name="benchmark",
         description="Fit one model per category, score every test image, and report metrics, on a demo without --data.",
-        groups=_groups(
-            BenchmarkOptions, Recipe, WorkerOptions, ScoreOptions, ReportOptions, ClusterOptions, TrackingOptions
-        ),
+        groups=_groups(BenchmarkOptions, Recipe, WorkerOptions, ScoreOptions, ReportOptions, ClusterOptions),
         hidden=("seed",),
         check=("data", "stpm.data.mvtec:find_categories"),
         # The demo set has crops of 128 x 128 pixels, whose names begin with their lot.

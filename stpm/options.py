@@ -24,7 +24,11 @@ EXCLUDE_HELP = (
     "text file (a path or URI) of good images to leave out, such as a model's fit.html saves: in each line a URI, or a "
     "file name that one of them has"
 )
-CATEGORIES_HELP = "; in a --config file also a mapping of categories that have options of their own (docs/recipes.md)"
+CATEGORIES_HELP = "; a --config file may also say which have options of their own (docs/recipes.md)"
+TRACK_HELP = (
+    "MLflow tracking URI, of a server (http://mlflow:5000) or a folder, to log recipes, losses, metrics and pages to "
+    "(pip install 'stpm[mlflow]'); the experiment is MLFLOW_EXPERIMENT_NAME, or the last folder of the data set or run"
+)
 WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 
 
@@ -171,15 +175,3 @@ class ClusterOptions(Options):
         "auto: openvino where every node has it. On a GPU PyTorch computes them",
     )
     plan: bool = option(False, "print what would run on each node of the cluster, and start nothing")
-
-
-@dataclass(frozen=True)
-class TrackingOptions(Options):
-    """Where MLflow keeps what a job has made."""
-
-    track: str = option(
-        "",
-        "MLflow tracking URI, a server (http://mlflow:5000) or a folder, to log recipes, losses, metrics and pages to "
-        "(pip install 'stpm[mlflow]'); credentials: MLFLOW_TRACKING_USERNAME and _PASSWORD; none: log nothing there",
-    )
-    experiment: str = option("", "experiment in MLflow; none: the name of the data set's or the run's folder")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from stpm.errors import ConfigError
 from stpm.fitting.options import CategoryOptions
-from stpm.options import CATEGORIES_HELP, EXCLUDE_HELP, WAIT_HELP, Integers, Names, Options, option
+from stpm.options import CATEGORIES_HELP, EXCLUDE_HELP, TRACK_HELP, WAIT_HELP, Integers, Names, Options, option
 
 MasksAt = Literal["model", "original"]
 
@@ -68,3 +68,4 @@ class ReportOptions(Options):
     )
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
     tolerance: float = option(0.01, "largest shortfall from a baseline's value: 0.01 accepts 0.94 for 0.95", minimum=0)
+    track: str = option("", TRACK_HELP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +16,7 @@ from stpm.cluster.placement import nodes_for_plan
 from stpm.cluster.ray_failures import interrupted_by_ray
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
-from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError, join_first
+from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError
 from stpm.fitting.options import CategoryOptions, WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
@@ -36,22 +37,22 @@ log = logging.getLogger(__name__)
 
 
 def read_categories(
-    root: str, wanted: Sequence[str], exclude: str = "", by_category: Sequence[CategoryOptions] = ()
+    root: str, wanted: Sequence[str], exclude: str = "", own: Sequence[CategoryOptions] = ()
 ) -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
     Leave out the good images that the file `exclude` lists, if one is given.
 
     Raises:
-        DataError: if the data set is missing or empty, or a wanted category does not exist, or one that has options of
-            its own; or as `mvtec.exclude`.
+        DataError: if the data set is missing or empty, or does not have a category that is wanted or has its `own`
+            options; or as `mvtec.exclude`.
     """
     names = mvtec.find_categories(root, wanted)
-    if by_category:
+    if own:
         try:
-            mvtec.find_categories(root, [each.category for each in by_category])
+            mvtec.find_categories(root, [each.category for each in own])
         except DataError as error:
-            raise DataError(f"categories in {by_category[0].file}: {error}") from error
+            raise DataError(f"categories in {own[0].file}: {error}") from error
     in_lower_case = Counter(map(str.casefold, names))
 
     def read(name: str) -> mvtec.Category | DataError | PermissionError:
@@ -71,23 +72,20 @@ def read_categories(
     return mvtec.exclude(usable, exclude) if exclude else usable, failures
 
 
-def own_options(
-    categories: Sequence[mvtec.Category], recipe: Recipe, by_category: Sequence[CategoryOptions]
-) -> list[tuple[mvtec.Category, CategoryOptions]]:
-    """Pair each category with its own options, or with the recipe that holds for those without any."""
-    own = {each.category: each for each in by_category}
-    return [(each, own.get(each.name) or CategoryOptions(each.name, recipe)) for each in categories]
-
-
 def count_good_images(
-    categories: Sequence[mvtec.Category], recipe: Recipe, by_category: Sequence[CategoryOptions] = ()
+    categories: Sequence[mvtec.Category], recipe: Recipe, own: Sequence[CategoryOptions] = ()
 ) -> dict[str, tuple[int, int]]:
     """Count the good images of each category that has enough to fit on, and those that will calibrate its model."""
-    return {
-        each.name: (len(each.train), own.recipe.calibration_count(len(each.train)))
-        for each, own in own_options(categories, recipe, by_category)
-        if len(each.train) >= own.recipe.min_images
-    }
+    counts = [(each, len(category.train)) for category, each in _pair(categories, recipe, own)]
+    enough = [(each.category, each.recipe, count) for each, count in counts if count >= each.recipe.min_images]
+    return {name: (count, recipe.calibration_count(count)) for name, recipe, count in enough}
+
+
+def _pair(
+    categories: Sequence[mvtec.Category], recipe: Recipe, own: Sequence[CategoryOptions]
+) -> list[tuple[mvtec.Category, CategoryOptions]]:
+    found = {each.category: each for each in own}
+    return [(each, found.get(each.name, CategoryOptions(each.name, recipe))) for each in categories]
 
 
 def fit_categories(
@@ -97,7 +95,7 @@ def fit_categories(
     workers: WorkerOptions,
     cluster: ClusterOptions,
     wait: bool,
-    by_category: Sequence[CategoryOptions] = (),
+    own: Sequence[CategoryOptions] = (),
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
@@ -105,9 +103,8 @@ def fit_categories(
 
     Args:
         categories: with their training images.
-        recipe: of the models of categories without their own; its seed is not used.
+        recipe: of all categories without one of their `own`; its seed is not used.
         stores: URI of the model store, by seed.
-        by_category: recipes, and the thresholds that new models begin with.
 
     Returns:
         One result per category and seed.
@@ -118,13 +115,11 @@ def fit_categories(
         DeviceError: if torch cannot use a GPU that Ray assigns.
         RunInterruptedError: if no node came in time, or Ray failed.
     """
-    pairs = own_options(categories, recipe, by_category)
-    if names := [own.category for _, own in pairs if own.file]:
-        log.info(f"categories with options of their own: {join_first(names)}")
-    teachers = {}
-    for each in dict.fromkeys(own.recipe for _, own in pairs):
-        if _teacher_of(each) not in teachers:
-            teachers[_teacher_of(each)] = load_teacher_weights(*_teacher_of(each))
+    pairs = _pair(categories, recipe, own)
+    weights = {}
+    for each in dict.fromkeys(options.recipe for _, options in pairs):
+        if (teacher := _teacher_of(each)) not in weights:
+            weights[teacher] = load_teacher_weights(*teacher)
         # Raise the error of an unknown normalisation once, instead of in each category.
         choose_normalisation(each)
     with ExitStack() as leases:
@@ -132,11 +127,11 @@ def fit_categories(
         for seed, uri in stores.items():
             leases.enter_context(hold_lease(uri, wait))
             store = ModelStore(uri)
-            digests = {teacher: store.put_teacher(weights) for teacher, weights in teachers.items()}
-            for category, own in pairs:
-                digest = digests[_teacher_of(own.recipe)]
-                seeded = dataclasses.replace(own.recipe, seed=seed).for_image_count(len(category.train))
-                decision = None if own.threshold is None else Decision(own.threshold, own.file)
+            digests = {teacher: store.put_teacher(state) for teacher, state in weights.items()}
+            for category, options in pairs:
+                digest = digests[_teacher_of(options.recipe)]
+                seeded = dataclasses.replace(options.recipe, seed=seed).for_image_count(len(category.train))
+                decision = None if options.threshold is None else Decision(options.threshold, options.file)
                 tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest, decision))
         planned = storage.in_parallel(_plan, tasks)
         results = [result for result in planned if result]
@@ -175,7 +170,10 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
         # A model is reused even if images were added to its calibration since.
         if model := existing_model(task, (versions.current,)):
             _log(task, f"model {model.model_id} is there already, with this recipe and these images")
-            _compare_thresholds(task, model)
+            if (wanted := task.decision) and wanted.threshold != (model.decision and model.decision.threshold):
+                decided = ("--threshold", f"{task.category}={wanted.threshold:.9g}")
+                command = shlex.join(["stpm", "models", "--models", store.uri, *decided])
+                _log(task, f"its threshold stays; that of {wanted.by} is for new models. To decide it now: {command}")
             return model
         current = store.record(task.category, versions.current.model_id)
     except NoModelError:
@@ -198,26 +196,9 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
             f"a new model begins without the images that were added to {current.model_id} ({added}): give their tables "
             "to --add-good again",
         )
-    if current.decision:
-        begins = (
-            f"with the threshold {task.decision.threshold:.9g} and without that"
-            if task.decision
-            else "without the threshold"
-        )
-        _log(task, f"a new model begins {begins} of {current.model_id}: {current.decision}")
+    if current.decision and not task.decision:
+        _log(task, f"a new model begins without the threshold of {current.model_id}: {current.decision}")
     return None
-
-
-def _compare_thresholds(task: FitTask, model: ModelRecord) -> None:
-    """Warn if a model that is there has not the threshold that a new one would begin with: a fit changes no model."""
-    if task.decision and (not model.decision or model.decision.threshold != task.decision.threshold):
-        wanted = f"{task.decision.threshold:.9g}"
-        log.warning(
-            f"{task.key}: {task.decision.by} has the threshold {wanted} for new models; this one's stays "
-            f"{model.decision or 'what the false-alarm rate of a run makes it'}. To change it: "
-            f"{ModelStore(task.store).decide_command(task.category, wanted)}",
-            extra={"category": task.category},
-        )
 
 
 def existing_model(task: FitTask, versions: Sequence[Version]) -> ModelRecord | None:

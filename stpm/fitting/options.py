@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stpm.errors import ConfigError
 from stpm.method.recipe import Recipe
-from stpm.options import CATEGORIES_HELP, EXCLUDE_HELP, WAIT_HELP, Names, Options, option
+from stpm.options import CATEGORIES_HELP, EXCLUDE_HELP, TRACK_HELP, WAIT_HELP, Names, Options, flag, option
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class FitOptions(Options):
         "with --add-good: prefixes that the URIs in the table may have, instead of the table's own bucket or folder, "
         "separated by commas",
     )
+    track: str = option("", TRACK_HELP)
     wait: bool = option(False, WAIT_HELP)
     by_category: tuple[CategoryOptions, ...] = ()
 
@@ -64,8 +65,8 @@ class FitOptions(Options):
         super().__post_init__()
         if self.allow and not self.add_good:
             raise ConfigError("--allow is given without --add-good; give both")
-        if self.exclude and self.add_good:
-            raise ConfigError("--exclude is given with --add-good, which fits no model; leave one of them out")
+        if self.add_good and (given := [flag(name) for name in ("exclude", "track") if getattr(self, name)]):
+            raise ConfigError(f"{given[0]} is given with --add-good, which fits no model; leave one of them out")
         if not self.data and not self.add_good:
             raise ConfigError("--data is missing; see --help")
 

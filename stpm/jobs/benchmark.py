@@ -26,7 +26,7 @@ from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, TrackingOptions
+from stpm.options import ClusterOptions
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -46,7 +46,6 @@ def run_benchmark(
     scoring: ScoreOptions,
     reporting: ReportOptions,
     cluster: ClusterOptions,
-    tracking: TrackingOptions,
 ) -> int:
     """Run the benchmark job.
 
@@ -59,7 +58,7 @@ def run_benchmark(
     gate = read_gate(reporting)
     out = storage.output_folder(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
-    tracker, own = Tracker(tracking, data), options.by_category
+    tracker, own = Tracker(reporting.track, data), options.by_category
     with on_cluster(cluster, [data, out]):
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)

@@ -16,16 +16,14 @@ from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, TrackingOptions
+from stpm.options import ClusterOptions
 from stpm.scoring.output import RunOutput
 from stpm.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 
-def run_evaluate(
-    options: EvaluateOptions, reporting: ReportOptions, cluster: ClusterOptions, tracking: TrackingOptions
-) -> int:
+def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: ClusterOptions) -> int:
     """Run the evaluate job, and return its exit code, see `publish_report`.
 
     Raises:
@@ -36,7 +34,7 @@ def run_evaluate(
     gate = read_gate(reporting)
     run = storage.absolute(options.run)
     out = storage.output_folder(options.out or run)
-    tracker = Tracker(tracking, run)
+    tracker = Tracker(reporting.track, run)
     results: list[CategoryResult] = []
     failures: list[Failure] = []
     # Tasks read the run's rows on any node; only the driver reads models and writes the report.

@@ -17,15 +17,13 @@ from stpm.line.marks import read_marks
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, TrackingOptions, WantedBackend
+from stpm.options import ClusterOptions, WantedBackend
 from stpm.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 
-def run_fit(
-    options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions, tracking: TrackingOptions
-) -> int:
+def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster: ClusterOptions) -> int:
     """Run the fit job; return its exit code: 0 all fitted, 2 some categories failed, 3 no category was fitted.
 
     Raises:
@@ -33,14 +31,13 @@ def run_fit(
         DataError: if the data set or the table of images cannot be read.
     """
     if options.add_good:
-        if cluster.plan or tracking.track:
-            given = "--plan" if cluster.plan else "--track"
-            raise ConfigError(f"{given} is given with --add-good, which it cannot describe; leave one of them out")
+        if cluster.plan:
+            raise ConfigError("--plan is given with --add-good, which it cannot describe; leave one of them out")
         return _add_good(options, cluster.backend)
-    tracker = Tracker(tracking, options.data)
+    tracker, own = Tracker(options.track, options.data), options.by_category
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
-        data, own = storage.absolute(options.data), options.by_category
+        data = storage.absolute(options.data)
         categories, failures = read_categories(data, options.categories, options.exclude, own)
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})

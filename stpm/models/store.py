@@ -238,10 +238,6 @@ class ModelStore:
         """Return the command line that makes the category's previous or next model current."""
         return f"{self._list_command()} --categories {shlex.quote(category)} {flag}"
 
-    def decide_command(self, category: str, threshold: str) -> str:
-        """Return the command line that decides the threshold of the category's current model."""
-        return f"{self._list_command()} --threshold {shlex.quote(f'{category}={threshold}')}"
-
     def _list_command(self) -> str:
         return f"stpm models --models {shlex.quote(self.uri)}"
 

@@ -23,7 +23,7 @@ from stpm.jobs.evaluate import run_evaluate
 from stpm.method.recipe import Recipe
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, TrackingOptions
+from stpm.options import ClusterOptions
 from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
@@ -35,7 +35,7 @@ from tests.models.test_store import save
 
 
 def evaluate(**options: str) -> int:
-    return run_evaluate(EvaluateOptions(**options), ReportOptions(), ClusterOptions(), TrackingOptions())
+    return run_evaluate(EvaluateOptions(**options), ReportOptions(), ClusterOptions())
 
 
 def finish_run(output: RunOutput, model_id: str, store: str) -> None:
@@ -47,9 +47,7 @@ def finish_run(output: RunOutput, model_id: str, store: str) -> None:
 
 def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"baseline nothing\.json cannot be read"):
-        run_evaluate(
-            EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions(), TrackingOptions()
-        )
+        run_evaluate(EvaluateOptions(run="nowhere"), ReportOptions(baseline="nothing.json"), ClusterOptions())
     with pytest.raises(DataError, match="nowhere: no scores here"):
         evaluate(run=str(tmp_path / "nowhere"))
     output = scored_run(tmp_path).output
@@ -140,9 +138,7 @@ def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
 
 
 def split() -> benchmark.TestSplit:
-    return benchmark.TestSplit(
-        "data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions(), TrackingOptions()
-    )
+    return benchmark.TestSplit("data", [Category("nut", (), ())], ScoreOptions(), "model", ClusterOptions())
 
 
 def test_the_benchmark_starts_a_damaged_run_over(

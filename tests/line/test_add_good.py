@@ -20,7 +20,7 @@ from stpm.method.calibration import Calibration, threshold
 from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions, Names, TrackingOptions
+from stpm.options import ClusterOptions, Names
 from tests.conftest import MODELS
 from tests.datasets import make_category
 from tests.line.test_marks import write
@@ -42,7 +42,7 @@ class Plant:
 
     def fit(self, **options: Any) -> int:
         found = FitOptions(data=f"{self.root}/data", models=self.store.uri, false_alarm_rate=RATE, **options)
-        return run_fit(found, self.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"), TrackingOptions())
+        return run_fit(found, self.recipe, WorkerOptions(), ClusterOptions(backend="pytorch"))
 
     def good(self, *numbers: int) -> list[str]:
         return [f"{self.root}/nights/nut/test/good/{number:03}.png" for number in numbers]
