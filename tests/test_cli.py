@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stpm import __version__
@@ -210,6 +210,7 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
 @pytest.mark.parametrize(
     "argv", [[], ["--categories", "nut,bolt"], ["--preset", "paper", "--pixels=3000", "--seeds=1,2"]]
 )
+@settings(max_examples=20, deadline=None)
 @given(
     entries=st.dictionaries(
         st.sampled_from(["nut", "bolt", "no", "007", "Müller: 1"]),
