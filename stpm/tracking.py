@@ -115,4 +115,4 @@ class Tracker:
             yield
         except self._errors as error:
             remedy = "nothing else is lost; the same command fits nothing again, and logs what is not there"
-            log.warning(hide_urls(f"{what} cannot be logged to MLflow at {self._uri}: {one_line(error)}; {remedy}"))
+            log.warning(hide_urls(f"{what} cannot be logged to MLflow: {one_line(error)}; {remedy}"))

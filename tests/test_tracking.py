@@ -87,7 +87,7 @@ def test_a_report_is_a_run_with_the_metrics_of_each_category_and_of_all(
     monkeypatch.setattr("stpm.tracking._MAX_METRICS", 7)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "plant 7")
     report = Report("/data", [result("nut", 0, 0.75, 0.5), result("bolt (new)", 0, 1.0, None)])
-    publish_report(report, f"{tmp_path}/out", Gate())
+    publish_report(report, f"{tmp_path}/out", Gate((), {}))
     Tracker(uri, "/data").log_report(f"{tmp_path}/out")
     (run,) = runs(uri, "plant 7")
     contents = json.loads(storage.read(f"{tmp_path}/out/report.json"))
@@ -120,7 +120,9 @@ def test_a_server_that_is_down_is_a_warning_and_what_broke_off_is_logged_again(
     caplog.clear()
     Tracker("http://127.0.0.1:9", "data").log_fits(fits)
     (message,) = caplog.messages
-    assert message.startswith("models cannot be logged to MLflow at http://127.0.0.1:9/... MlflowException: ")
+    assert message.startswith(
+        "models cannot be logged to MLflow: MlflowException: API request to http://127.0.0.1:9/... failed"
+    )
     assert "the same command fits nothing again, and logs what is not there" in message
     assert "\n" not in message
     tracker = Tracker(uri, "data")
