@@ -56,8 +56,8 @@ _METAVARS = {
 _BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 # Characters of a value in a message.
 _MAX_SHOWN = 200
-# In place of a category: `no` leaves out those that the mapping does not name.
-_OTHERS = "*"
+# An entry of `categories:` that leaves out the categories without an entry.
+_NO_OTHERS = ("*", "no")
 _YAML_NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -196,7 +196,7 @@ class Job:
             if entries:
                 names = shown["categories"]
                 every = {name: entries[name].values if name in entries else {} for name in names or entries}
-                shown["categories"] = every | ({_OTHERS: False} if names else {})
+                shown["categories"] = every | dict([_NO_OTHERS] if names else [])
             # Through JSON, which has no types but YAML's.
             print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True), end="")
             sys.exit(ALL_DONE)
@@ -359,14 +359,10 @@ def _read_categories(
     shared = {field.name: options[field.name] for field in dataclasses.fields(Recipe) if field.name != "seed"}
     known = shared | {field.name: _Option([], field.name, field, kind) for field, kind in _fields(CategoryOptions)}
     entries: dict[str, _Entry] = {}
-    others = "yes"
+    only = False
     for category, node, where in _lines(mapping, file, kind="category "):
-        if category == _OTHERS:
-            others = loader.construct_object(node, deep=True)
-            if str(others).lower() not in _BOOLEANS:
-                raise ConfigError(
-                    f"{where}: '*' is {others}; give no, which leaves out the categories without an entry"
-                )
+        if (category, node.value) == _NO_OTHERS:
+            only = True
             continue
         if category in entries:
             raise ConfigError(f"{where}: category {category} is there twice; give all of its options in one place")
@@ -377,7 +373,7 @@ def _read_categories(
             own[name] = known[name].parse(loader.construct_object(value, deep=True), line)
         entries[category] = _Entry(file, f"{where}, category {category}", own)
     yield "by_category", entries
-    if not _BOOLEANS[others.lower()]:
+    if only:
         yield "categories", Names(entries)
 
 

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 # MLflow takes no more in one request.
 _MAX_METRICS = 1000
+_Texts = Mapping[str, str]
+# Of metrics: name, value and epoch.
+_Points = Sequence[tuple[str, float, int]]
 _REPORT = ("report.html", "report.md", "report.json")
 
 
@@ -66,13 +69,13 @@ class Tracker:
                 for epoch in store.history(record).to_pylist():
                     points += [(name, epoch[name], epoch["number"]) for name in ("train_loss", "validation_loss")]
                 tags = {"category": record.category, "model_id": record.model_id, "models": store.uri}
-                pages = {"fit.html": store.read_file(record, "fit.html")}
+                pages = {"fit.html": store.read_file(record, "fit.html").decode()}
                 self._log(fit.task.key, tags, asdict(record.recipe), points, pages)
 
     def log_report(self, out: str) -> None:
         """Log the report in a folder as a run: metrics of each category, as `<category>/<metric>`, and of all."""
         with self._warnings("the report"):
-            pages = {name: storage.read(storage.join(out, name)) for name in _REPORT if self._uri}
+            pages = {name: storage.read(storage.join(out, name)).decode() for name in _REPORT if self._uri}
             if pages:
                 contents = json.loads(pages["report.json"])
                 every = {f"{name}/": values for name, values in contents["categories"].items()}
@@ -90,14 +93,7 @@ class Tracker:
         found = self._client.get_experiment_by_name(self._experiment)
         return str(found.experiment_id if found else self._client.create_experiment(self._experiment))
 
-    def _log(
-        self,
-        name: str,
-        tags: Mapping[str, str],
-        recipe: Mapping[str, Any],
-        points: Sequence[tuple[str, float, int]],
-        pages: Mapping[str, bytes],
-    ) -> None:
+    def _log(self, name: str, tags: _Texts, recipe: Mapping[str, Any], points: _Points, pages: _Texts) -> None:
         run = self._client.create_run(self._experiment_id(), tags=tags, run_name=name).info.run_id
         self._client.log_batch(run, params=[self._entities.Param(key, str(value)) for key, value in recipe.items()])
         now = int(1000 * time.time())
@@ -105,7 +101,7 @@ class Tracker:
         for start in range(0, len(metrics), _MAX_METRICS):
             self._client.log_batch(run, metrics[start : start + _MAX_METRICS])
         for file, page in pages.items():
-            self._client.log_text(run, page.decode(), file)
+            self._client.log_text(run, page, file)
         # Only now is it FINISHED: what fails before is logged again.
         self._client.set_terminated(run)
 

@@ -143,7 +143,7 @@ FILE_ERRORS = [
             ("400000", "FILE, category pill has no lines `option: value`"),
             ("", "category pill is null in FILE, line 4; give a value, or leave it out"),
             ("{}\n  nut: {}", "FILE, line 5: category nut is there twice"),
-            ("{}\n  '*': maybe", "FILE, line 5: '*' is maybe; give no"),
+            ("{}\n  '*': maybe", "FILE, category * has no lines `option: value`"),
         )
     ),
     # Only a job that fits has options of single categories.
@@ -236,7 +236,7 @@ def test_options_of_single_categories_are_typed_and_above_all_others_and_print_a
 ) -> None:
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as printed:
         first, second = Path(folder, "first.yaml"), Path(folder, "second.yaml")
-        first.write_text(yaml.safe_dump({"categories": entries | ({} if others else {"*": False})}))
+        first.write_text(yaml.safe_dump({"categories": entries | ({} if others else {"*": "no"})}))
         line = ["--data", "x", "--config", str(first), *argv]
         options, recipe, *rest = COMMANDS["benchmark"].parse(line)
         with pytest.raises(SystemExit):

@@ -34,10 +34,10 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         if cluster.plan:
             raise ConfigError("--plan is given with --add-good, which it cannot describe; leave one of them out")
         return _add_good(options, cluster.backend)
-    tracker, own = Tracker(options.track, options.data), options.by_category
+    data, own = storage.absolute(options.data), options.by_category
+    tracker = Tracker(options.track, data)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
-        data = storage.absolute(options.data)
         categories, failures = read_categories(data, options.categories, options.exclude, own)
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})
