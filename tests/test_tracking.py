@@ -106,7 +106,6 @@ def test_a_report_is_a_run_with_the_metrics_of_each_category_and_of_all(
         assert page(uri, run, name).encode() == storage.read(f"{tmp_path}/out/{name}")
 
 
-@pytest.mark.usefixtures("uri")
 def test_a_server_that_is_down_is_a_warning_and_what_broke_off_is_logged_again(
     tmp_path: Path,
     uri: str,
@@ -159,6 +158,8 @@ def test_a_uri_that_mlflow_cannot_use_is_refused(wrong: str, monkeypatch: pytest
     assert "\n" not in str(caught.value)
 
 
-def test_a_uri_with_a_password_is_refused() -> None:
+def test_a_uri_with_a_password_and_tracking_without_a_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"http://mlflow/\.\.\.: this URI holds a user or password"):
         FitOptions("data", "models", track="http://me:SECRET@mlflow")
+    with pytest.raises(ConfigError, match="--track is given with --add-good"):
+        FitOptions("data", "models", add_good="marks.jsonl", track="http://mlflow")
