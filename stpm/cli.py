@@ -1,7 +1,8 @@
 """The command line of a job: options from the command line, YAML files and the environment become dataclasses.
 
 An option's value comes from the command line (a file named by `--config` stands for the options in it, and the last one
-given wins), else from the environment (`STPM_<NAME>`), else from the preset, else it is the default.
+given wins), else from the environment (`STPM_<NAME>`), else from the preset, else it is the default. For one category,
+what a file says of it in a mapping `categories:` is above all of these.
 
 `Job.run` names a function, which is imported once the options are valid: it imports heavy packages.
 """
@@ -30,6 +31,7 @@ from stpm import __version__
 from stpm.console import LogFormat, start_logging, stop_on_signals, stop_signal
 from stpm.errors import HOW_TO_CONTINUE, ConfigError, StpmError, last_line
 from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN, STOPPED, exit_code_for
+from stpm.fitting.options import CategoryOptions
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, hide_urls, is_utf8
 from stpm.options import Integers, Names, Options, Size, flag, option
@@ -54,6 +56,8 @@ _METAVARS = {
 _BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 # Characters of a value in a message.
 _MAX_SHOWN = 200
+# An entry of `categories:` that leaves out the categories without an entry.
+_NO_OTHERS = ("*", "no")
 _YAML_NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -175,7 +179,8 @@ class Job:
         if unknown:
             raise ConfigError(hide_urls(f"{unknown[0]} belongs to no option; see --help"))
         chosen = _read_values(options, words.kept)
-        values = {name: each.field.default for name, each in options.items()}
+        entries: dict[str, _Entry] = chosen.pop("by_category", {})
+        values: dict[str, Any] = {name: each.field.default for name, each in options.items()}
         if "preset" in options:
             values |= vars(PRESETS[chosen.get("preset", "default")])
         if words.help:
@@ -188,11 +193,16 @@ class Job:
             # What may hold a secret still comes from the environment.
             shown = {name: values[name] for name, each in options.items() if not each.field.metadata["is_secret"]}
             del shown["config"]
+            if entries:
+                names = shown["categories"]
+                every = {name: entries[name].values if name in entries else {} for name in names or entries}
+                shown["categories"] = every | dict([_NO_OTHERS] if names else [])
             # Through JSON, which has no types but YAML's.
             print(yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, allow_unicode=True), end="")
             sys.exit(ALL_DONE)
+        values["by_category"] = tuple(entry.options(name, values) for name, entry in entries.items())
         made = [
-            kind(**{each.name: values[each.name] for each in dataclasses.fields(kind) if each.name in options})
+            kind(**{each.name: values[each.name] for each in dataclasses.fields(kind) if each.name in values})
             for kind in self.groups.values()
         ]
         return [*made, values["log"]]
@@ -207,9 +217,9 @@ class Job:
         for heading, kind in self.groups.items():
             kinds += [(heading, _PresetOptions), (heading, Recipe)] if kind is Recipe else [(heading, kind)]
         fields = [
-            (heading, field, get_type_hints(kind)[field.name])
+            (heading, field, hint)
             for heading, kind in kinds
-            for field in dataclasses.fields(kind)
+            for field, hint in _fields(kind)
             if field.name not in self.hidden
         ]
         required = "".join(f" {flag(field.name)} ..." for _, field, _ in fields if field.metadata["required"])
@@ -235,6 +245,27 @@ class Job:
         return parser, options
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What a --config file says of one category: where, and the values of the category's own options."""
+
+    file: str
+    where: str
+    values: Mapping[str, Any]
+
+    def options(self, category: str, values: Mapping[str, Any]) -> CategoryOptions:
+        """Make the category's options of its own values, and of those for all. Raises ConfigError."""
+        every = {**values, **self.values}
+        recipe, own = (
+            {field.name: every[field.name] for field, _ in _fields(kind) if field.name in every}
+            for kind in (Recipe, CategoryOptions)
+        )
+        try:
+            return CategoryOptions(category, Recipe(**recipe), self.file, **own)
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: {error}") from error
+
+
 def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     """Run a job as this process, with the words after its name: exit with its code, and log an error as one line.
 
@@ -258,6 +289,13 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
         log.critical("%s", last_line(error))
         code = COULD_NOT_RUN
     sys.exit(code)
+
+
+def _fields(kind: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """List the options of a dataclass, and the types of their values; one that may be None is given as a number."""
+    hints = get_type_hints(kind)
+    options = [field for field in dataclasses.fields(kind) if field.metadata]
+    return [(field, float if hints[field.name] == float | None else hints[field.name]) for field in options]
 
 
 def _read_values(options: Mapping[str, _Option], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
@@ -291,21 +329,16 @@ def _read_config(path: str, options: Mapping[str, _Option]) -> Iterator[tuple[st
     shown = hide_urls(path)
     try:
         loader = yaml.BaseLoader(Path(path).read_text("utf-8"))
-        content = loader.get_single_node()
-        if not isinstance(content, yaml.MappingNode):
-            raise ConfigError(f"--config {shown} has no lines `option: value`")
-        for key, node in content.value:
-            where = f"{shown}, line {key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{where}: an option's name is text")
-            name = str(key.value).replace("-", "_")
+        for key, node, where in _lines(loader.get_single_node(), shown):
+            name = key.replace("-", "_")
             if name == "config":
                 raise ConfigError(f"{where}: a file cannot name another one; give --config several times")
             if name not in options:
                 raise _no_option(flag(name), map(flag, options), f"{where}: ")
-            if any(map(_is_null, node.value if isinstance(node, yaml.SequenceNode) else [node])):
-                raise ConfigError(f"{flag(name)} is null in {where}; give a value, or leave it out")
-            yield name, options[name].parse(loader.construct_object(node, deep=True), where)
+            if name == "categories" and "preset" in options and isinstance(node, yaml.MappingNode):
+                yield from _read_categories(loader, node, shown, options)
+            else:
+                yield name, options[name].parse(loader.construct_object(node, deep=True), where)
     except OSError as error:
         raise ConfigError(f"--config {shown} cannot be read: {error.strerror}; see --help") from error
     except UnicodeDecodeError as error:
@@ -316,6 +349,50 @@ def _read_config(path: str, options: Mapping[str, _Option]) -> Iterator[tuple[st
         raise ConfigError(f"--config {shown}{line}: {problem}") from None
     except RecursionError:
         raise ConfigError(f"--config {shown} is nested too deeply; give `option: value` lines") from None
+
+
+def _read_categories(
+    loader: yaml.BaseLoader, mapping: yaml.MappingNode, file: str, options: Mapping[str, _Option]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of categories that have options of their own, and if they leave out all others, their names."""
+    shared = {field.name: options[field.name] for field in dataclasses.fields(Recipe) if field.name != "seed"}
+    known = shared | {field.name: _Option([], field.name, field, kind) for field, kind in _fields(CategoryOptions)}
+    entries: dict[str, _Entry] = {}
+    only = False
+    for category, node, where in _lines(mapping, file, kind="category "):
+        if (category, node.value) == _NO_OTHERS:
+            only = True
+            continue
+        if category in entries:
+            raise ConfigError(f"{where}: category {category} is there twice; give all of its options in one place")
+        own = {}
+        for key, value, line in _lines(node, file, f", category {category}"):
+            if (name := key.replace("-", "_")) not in known:
+                raise _no_option(flag(name), map(flag, known), f"{line}: ")
+            own[name] = known[name].parse(loader.construct_object(value, deep=True), line)
+        entries[category] = _Entry(file, f"{where}, category {category}", own)
+    yield "by_category", entries
+    if only:
+        yield "categories", Names(entries)
+
+
+def _lines(
+    node: yaml.Node | None, file: str, place: str = "", kind: str = "--"
+) -> Iterator[tuple[str, yaml.Node, str]]:
+    """Yield the keys of a mapping, which are names of this kind, their values, and where each stands.
+
+    Raises:
+        ConfigError: if it is no mapping, a key is no text, or a value is null.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{file}{place} has no lines `option: value`")
+    for key, value in node.value:
+        where = f"{file}, line {key.start_mark.line + 1}{place}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{where}: an option's name is text")
+        if any(map(_is_null, value.value if isinstance(value, yaml.SequenceNode) else [value])):
+            raise ConfigError(f"{kind}{key.value} is null in {where}; give a value, or leave it out")
+        yield str(key.value), value, where
 
 
 def _finite(text: str) -> float:

@@ -28,6 +28,11 @@ ROI_HELP = (
     "what to inspect of all images instead of <category>/roi.png: a mask of their size (a path or URI), white where "
     "they are inspected and black elsewhere; or polygons in their pixels, as in '10,10 200,10 200,180; 300,300 …'"
 )
+CATEGORIES_HELP = "; a --config file may also say which have options of their own (docs/recipes.md)"
+TRACK_HELP = (
+    "MLflow tracking URI, of a server (http://mlflow:5000) or a folder, to log recipes, losses, metrics and pages to "
+    "(pip install 'stpm[mlflow]'); the experiment is MLFLOW_EXPERIMENT_NAME, or the last folder of the data set or run"
+)
 WAIT_HELP = "wait while another run holds the folder that this one writes to, instead of refusing"
 
 
@@ -127,7 +132,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        fields = dataclasses.fields(self)
+        fields = [field for field in dataclasses.fields(self) if field.metadata]
         required = [field.name for field in fields if field.metadata["required"]]
         if missing := [flag(name) for name in required if not getattr(self, name)]:
             raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
@@ -141,7 +146,7 @@ class Options:
                 object.__setattr__(self, field.name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{flag(field.name)} is {value}; give a finite number")
-            if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
+            if value is not None and not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
                 valid = " and ".join(f"{words} {limit}" for words, limit in limits.items())
                 raise ConfigError(f"{flag(field.name)} is {value}; give {valid}")
             if not field.metadata["is_secret"]:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
 import runpy
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import get_type_hints
+from tempfile import TemporaryDirectory
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stpm import __version__
 from stpm.cli import Job, run_job
 from stpm.commands import COMMANDS, main
 from stpm.errors import ConfigError
 from stpm.evaluation.options import BenchmarkOptions
+from stpm.fitting.options import CategoryOptions
 from stpm.method.recipe import PRESETS, Recipe
 from tests.conftest import REPOSITORY
 from tests.datasets import make_category
@@ -121,6 +127,28 @@ FILE_ERRORS = [
     ("fit", b"size: 0x140\n", "--size is '0x140'; give 32 to 4096"),
     ("fit", b"size: 1:30\n", "--size is 1:30 in FILE, line 1; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
     *(
+        ("fit", f"pixels: 9000\ncategories:\n  nut: {{}}\n  pill: {entry}\n".encode(), message)
+        for entry, message in (
+            ("{pixls: 1}", "FILE, line 4, category pill: there is no option --pixls; did you mean --pixels?"),
+            ("{seed: 1}", "FILE, line 4, category pill: there is no option --seed"),
+            ("{workers: 1}", "FILE, line 4, category pill: there is no option --workers"),
+            ("{pixels: many}", "--pixels is many in FILE, line 4, category pill; give INTEGER; see --help"),
+            ("{pixels: 9}", "FILE, line 4, category pill: --pixels is 9; give at least 1024 and at most 16777216"),
+            ("{student: none, memory: 0}", "FILE, line 4, category pill: --student is 'none'; give --memory too"),
+            ("{threshold: high}", "--threshold is high in FILE, line 4, category pill; give NUMBER; see --help"),
+            ("{threshold: 1e39}", "FILE, line 4, category pill: --threshold is 1e+39; give at least -3e+38"),
+            ("{threshold: ~}", "--threshold is null in FILE, line 4, category pill; give a value, or leave it out"),
+            ("{teacher_weights: 's3://me:SECRET@b/w.pth'}", "FILE, line 4, category pill: s3://b/...: this URI holds"),
+            ("{? [a] : 1}", "FILE, line 4, category pill: an option's name is text"),
+            ("400000", "FILE, category pill has no lines `option: value`"),
+            ("", "category pill is null in FILE, line 4; give a value, or leave it out"),
+            ("{}\n  nut: {}", "FILE, line 5: category nut is there twice"),
+            ("{}\n  '*': maybe", "FILE, category * has no lines `option: value`"),
+        )
+    ),
+    # Only a job that fits has options of single categories.
+    ("models", b"categories: {pill: {}}\n", "--categories is {'pill': {}} in FILE, line 1; give TEXT,TEXT,..."),
+    *(
         ("fit", f"{name}: {null}\n".encode(), f"--{name} is null in FILE, line 1; give a value, or leave it out")
         for name, null in (("memory", "null"), ("size", "~"), ("student", ""), ("preset", "Null"))
     ),
@@ -180,6 +208,62 @@ def test_a_printed_configuration_has_the_given_values_and_reads_back(
 
 
 @pytest.mark.parametrize(
+    "argv", [[], ["--categories", "nut,bolt"], ["--preset", "paper", "--pixels=3000", "--seeds=1,2"]]
+)
+@settings(max_examples=20, deadline=None)
+@given(
+    entries=st.dictionaries(
+        st.sampled_from(["nut", "bolt", "no", "007", "Müller: 1"]),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "pixels": st.integers(1024, 9999),
+                "size": st.sampled_from(["auto", "640x256"]),
+                "levels": st.sampled_from([[1, 2], [2, 3]]),
+                "memory_levels": st.just([2]),
+                "zero_init_residual": st.booleans(),
+                "student_weight": st.floats(0.01, 0.99),
+                "group_from": st.sampled_from(["{group}_{name}", ""]),
+                "threshold": st.floats(-9, 9),
+            },
+        ),
+        min_size=1,
+    ),
+    others=st.booleans(),
+)
+def test_options_of_single_categories_are_typed_and_above_all_others_and_print_and_read_back(
+    argv: list[str], entries: dict[str, dict[str, Any]], others: bool
+) -> None:
+    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as printed:
+        first, second = Path(folder, "first.yaml"), Path(folder, "second.yaml")
+        first.write_text(yaml.safe_dump({"categories": entries | ({} if others else {"*": "no"})}))
+        line = ["--data", "x", "--config", str(first), *argv]
+        options, recipe, *rest = COMMANDS["benchmark"].parse(line)
+        with pytest.raises(SystemExit):
+            COMMANDS["benchmark"].parse([*line, "--print-config"])
+        second.write_text(printed.getvalue())
+        again, *rest_again = COMMANDS["benchmark"].parse(["--config", str(second)])
+    chosen = "--categories" in argv
+    assert sorted(options.categories) == sorted(["nut", "bolt"] if chosen else [] if others else entries)
+    assert {each.category for each in options.by_category} == {*entries}
+    for each in options.by_category:
+        own = {**entries[each.category]}
+        assert each.threshold == own.pop("threshold", None)
+        expected = dataclasses.replace(recipe, **own)
+        assert (each.recipe, repr(each.recipe), each.file) == (expected, repr(expected), str(first))
+    assert (rest_again, again.categories) == ([recipe, *rest], options.categories)
+    kept = {
+        each.category: dataclasses.replace(each, file=str(second))
+        for each in options.by_category
+        if not chosen or each.category in ("nut", "bolt")
+    }
+    # A category that is chosen has its entry, if an empty one.
+    assert {each.category: each for each in again.by_category} == {
+        name: kept.get(name, CategoryOptions(name, recipe, str(second))) for name in options.categories or kept
+    }
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--epochs", "many"], "epochs"),
@@ -232,7 +316,7 @@ def test_help_explains_every_option_in_its_group(name: str, capsys: pytest.Captu
         # Without spaces: lines are broken at hyphens too.
         group = "".join(shown.split(f"\n{title}:\n")[1].split("\n\n")[0].split())
         for field in dataclasses.fields(kind):
-            if field.name not in COMMANDS[name].hidden:
+            if field.metadata and field.name not in COMMANDS[name].hidden:
                 assert f"--{field.name.replace('_', '-')}" in group
                 assert "".join(field.metadata["help"].split()) in group
                 assert not field.metadata["required"] or f"--{field.name} ..." in shown.splitlines()[0]

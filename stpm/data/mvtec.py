@@ -13,6 +13,7 @@ with @ or #, are ignored.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -77,7 +78,9 @@ def find_categories(root: str, wanted: Sequence[str] = ()) -> list[str]:
     unknown = sorted(set(wanted) - set(names))
     if unknown:
         others = [form for name in unknown if (form := other_form(name, names))]
-        known = "; ".join(others) or f"there are {', '.join(names)}"
+        near = [match for name in unknown for match in difflib.get_close_matches(name, names, n=1)]
+        meant = f"did you mean {', '.join(near)}? " if near else ""
+        known = "; ".join(others) or f"{meant}there are {', '.join(names)}"
         raise DataError(f"{root}: no category {', '.join(unknown)}; {known}")
     return sorted({*wanted}) if wanted else names
 

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
-from stpm.options import EXCLUDE_HELP, ROI_HELP, WAIT_HELP, Integers, Names, Options, option
+from stpm.fitting.options import CategoryOptions
+from stpm.options import (
+    CATEGORIES_HELP,
+    EXCLUDE_HELP,
+    ROI_HELP,
+    TRACK_HELP,
+    WAIT_HELP,
+    Integers,
+    Names,
+    Options,
+    option,
+)
 
 MasksAt = Literal["model", "original"]
 
@@ -35,11 +46,14 @@ class BenchmarkOptions(Options):
         "defaults for teacher and size",
     )
     out: str = option("runs/benchmark", "run folder for models/, scores/, heatmaps/ and the report: a folder or a URI")
-    categories: Names = option(Names(), "categories to benchmark, separated by commas; none: all of the data set")
+    categories: Names = option(
+        Names(), f"categories to benchmark, separated by commas; none: all of the data set{CATEGORIES_HELP}"
+    )
     exclude: str = option("", EXCLUDE_HELP)
     roi: str = option("", ROI_HELP)
     seeds: Integers = option(Integers((0,)), "seeds to fit and score each category with, separated by commas")
     wait: bool = option(False, WAIT_HELP)
+    by_category: tuple[CategoryOptions, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,3 +79,4 @@ class ReportOptions(Options):
     )
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
     tolerance: float = option(0.01, "largest shortfall from a baseline's value: 0.01 accepts 0.94 for 0.95", minimum=0)
+    track: str = option("", TRACK_HELP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,7 +17,7 @@ from stpm.cluster.ray_failures import interrupted_by_ray
 from stpm.console import is_terminal, show_progress
 from stpm.data import mvtec
 from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoModelError
-from stpm.fitting.options import WorkerOptions
+from stpm.fitting.options import CategoryOptions, WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
 from stpm.fitting.training_images import choose_normalisation
@@ -27,7 +28,7 @@ from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.method.views import levels_of_teacher
-from stpm.models.record import ModelRecord
+from stpm.models.record import Decision, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
 from stpm.options import ClusterOptions
@@ -36,25 +37,32 @@ log = logging.getLogger(__name__)
 
 
 def read_categories(
-    root: str, wanted: Sequence[str], exclude: str = "", roi: str = ""
+    root: str, wanted: Sequence[str], exclude: str = "", roi: str = "", own: Sequence[CategoryOptions] = ()
 ) -> tuple[list[mvtec.Category], dict[str, str]]:
     """List the images of the wanted categories, or of all; return the usable ones, and by name why others are not.
 
     Leave out the good images that the file `exclude` lists, if one is given. `roi` is the region of
-    interest of each.
+    interest of each that has none of its `own`.
 
     Raises:
-        DataError: if the data set is missing or empty, or a wanted category does not exist; or as `mvtec.exclude`.
+        DataError: if the data set is missing or empty, or does not have a category that is wanted or has its `own`
+            options; or as `mvtec.exclude`.
     """
     names = mvtec.find_categories(root, wanted)
+    if own:
+        try:
+            mvtec.find_categories(root, [each.category for each in own])
+        except DataError as error:
+            raise DataError(f"categories in {own[0].file}: {error}") from error
     in_lower_case = Counter(map(str.casefold, names))
+    rois = {each.category: each.roi for each in own if each.roi}
 
     def read(name: str) -> mvtec.Category | DataError | PermissionError:
         if in_lower_case[name.casefold()] > 1:
             # On some disks the folders of their models would be one.
             return DataError("another category's name differs only in case; rename one of them")
         try:
-            return mvtec.read_category(root, name, roi)
+            return mvtec.read_category(root, name, rois.get(name, roi))
         except (DataError, PermissionError) as error:
             return error
 
@@ -66,11 +74,20 @@ def read_categories(
     return mvtec.exclude(usable, exclude) if exclude else usable, failures
 
 
-def count_good_images(categories: Sequence[mvtec.Category], recipe: Recipe) -> dict[str, tuple[int, int]]:
+def count_good_images(
+    categories: Sequence[mvtec.Category], recipe: Recipe, own: Sequence[CategoryOptions] = ()
+) -> dict[str, tuple[int, int]]:
     """Count the good images of each category that has enough to fit on, and those that will calibrate its model."""
-    counts = {category.name: len(category.train) for category in categories}
-    enough = {name: count for name, count in counts.items() if count >= recipe.min_images}
-    return {name: (count, recipe.calibration_count(count)) for name, count in enough.items()}
+    counts = [(each, len(category.train)) for category, each in _pair(categories, recipe, own)]
+    enough = [(each.category, each.recipe, count) for each, count in counts if count >= each.recipe.min_images]
+    return {name: (count, recipe.calibration_count(count)) for name, recipe, count in enough}
+
+
+def _pair(
+    categories: Sequence[mvtec.Category], recipe: Recipe, own: Sequence[CategoryOptions]
+) -> list[tuple[mvtec.Category, CategoryOptions]]:
+    found = {each.category: each for each in own}
+    return [(each, found.get(each.name, CategoryOptions(each.name, recipe))) for each in categories]
 
 
 def fit_categories(
@@ -80,6 +97,7 @@ def fit_categories(
     workers: WorkerOptions,
     cluster: ClusterOptions,
     wait: bool,
+    own: Sequence[CategoryOptions] = (),
 ) -> list[FitResult]:
     """Fit one model per category and seed. Reuse undamaged models that the stores already hold.
 
@@ -87,32 +105,37 @@ def fit_categories(
 
     Args:
         categories: with their training images.
-        recipe: of all models; its seed is not used.
+        recipe: of all categories without one of their `own`; its seed is not used.
         stores: URI of the model store, by seed.
 
     Returns:
         One result per category and seed.
 
     Raises:
-        ConfigError: if the teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
+        ConfigError: if a teacher or its normalisation is unknown, the workers do not fit the cluster, or OpenVINO is
             wanted and not installed.
         DeviceError: if torch cannot use a GPU that Ray assigns.
         RunInterruptedError: if no node came in time, or Ray failed.
     """
-    weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe))
-    # Raise the error of an unknown normalisation once, instead of in each category.
-    choose_normalisation(recipe)
+    pairs = _pair(categories, recipe, own)
+    weights = {}
+    for each in dict.fromkeys(options.recipe for _, options in pairs):
+        if (teacher := _teacher_of(each)) not in weights:
+            weights[teacher] = load_teacher_weights(*teacher)
+        # Raise the error of an unknown normalisation once, instead of in each category.
+        choose_normalisation(each)
     with ExitStack() as leases:
         tasks: list[FitTask] = []
         for seed, uri in stores.items():
             leases.enter_context(hold_lease(uri, wait))
             store = ModelStore(uri)
-            digest = store.put_teacher(weights)
-            for category in categories:
-                seeded = dataclasses.replace(recipe, seed=seed).for_image_count(len(category.train))
-                tasks.append(
-                    FitTask(category.name, category.train, seeded, store.uri, digest, category.roi, category.rois)
-                )
+            digests = {teacher: store.put_teacher(state) for teacher, state in weights.items()}
+            for category, options in pairs:
+                digest = digests[_teacher_of(options.recipe)]
+                seeded = dataclasses.replace(options.recipe, seed=seed).for_image_count(len(category.train))
+                decision = None if options.threshold is None else Decision(options.threshold, options.file)
+                regions = category.roi, category.rois
+                tasks.append(FitTask(category.name, category.train, seeded, store.uri, digest, *regions, decision))
         planned = storage.in_parallel(_plan, tasks)
         results = [result for result in planned if result]
         unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]
@@ -124,6 +147,10 @@ def fit_categories(
                 arithmetic = choose_arithmetic(examine_devices(gpus=resources.gpus > 0), cluster.backend)
                 results += run_worker_group(unfinished, workers, resources, arithmetic, scratch, progress)
         return results
+
+
+def _teacher_of(recipe: Recipe) -> tuple[str, str, tuple[int, ...]]:
+    return recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe)
 
 
 def _plan(task: FitTask) -> FitResult | None:
@@ -146,6 +173,10 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
         # A model is reused even if images were added to its calibration since.
         if model := existing_model(task, (versions.current,)):
             _log(task, f"model {model.model_id} is there already, with this recipe and these images")
+            if (wanted := task.decision) and wanted.threshold != (model.decision and model.decision.threshold):
+                decided = ("--threshold", f"{task.category}={wanted.threshold:.9g}")
+                command = shlex.join(["stpm", "models", "--models", store.uri, *decided])
+                _log(task, f"its threshold stays; that of {wanted.by} is for new models. To decide it now: {command}")
             return model
         current = store.record(task.category, versions.current.model_id)
     except NoModelError:
@@ -168,7 +199,7 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
             f"a new model begins without the images that were added to {current.model_id} ({added}): give their tables "
             "to --add-good again",
         )
-    if current.decision:
+    if current.decision and not task.decision:
         _log(task, f"a new model begins without the threshold of {current.model_id}: {current.decision}")
     return None
 

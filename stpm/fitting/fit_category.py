@@ -84,6 +84,7 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
         data_fingerprint=task.data_fingerprint,
         roi=task.roi,
         rois=rois,
+        decision=task.decision,
         checkpoint=Checkpoint(store.checkpoint_uri(task.category), fingerprint, settings.checkpoint_seconds),
     )
     record = detector.publish(store, task.category)

@@ -25,13 +25,13 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images
 from stpm.method.backbones import teacher_licence
-from stpm.method.calibration import Calibration
+from stpm.method.calibration import Calibration, describe_promise
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.roi import Roi
 from stpm.method.teacher import Teacher
-from stpm.models.record import FitRecord, ModelRecord
+from stpm.models.record import Decision, FitRecord, ModelRecord
 from stpm.models.store import ModelStore, describe_files, encode_model
 
 Reporter = Callable[[Epoch | str], None]
@@ -51,6 +51,7 @@ def fit_detector(
     data_fingerprint: str,
     roi: Roi | None = None,
     rois: Mapping[str, str] | None = None,
+    decision: Decision | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Detector:
     """Decode the images, train the student, build the memory, and calibrate.
@@ -68,6 +69,7 @@ def fit_detector(
         data_fingerprint: of the images, see `stpm.fitting.task.fingerprint`; a store keeps it.
         roi: the part of the images that is inspected; None: all of what the teacher sees.
         rois: by an image's URI, that of the mask of its own region of interest.
+        decision: the threshold that the model begins with; None: none.
         checkpoint: of the student's training.
 
     Returns:
@@ -92,6 +94,8 @@ def fit_detector(
     suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
     if suspicious:
         report(FitWarning(suspicious))
+    if decision:
+        report(f"the threshold is {decision}. {describe_promise(scores, decision.threshold)}")
     kept = trained.kept_epoch
     history = pa.Table.from_pylist([dataclasses.asdict(epoch) for epoch in trained.history])
     files = encode_model(
@@ -122,6 +126,7 @@ def fit_detector(
             calibration_count=len(scores),
             device=torch.cuda.get_device_name() if teacher.device.type == "cuda" else f"cpu, {teacher.backend}",
         ),
+        decision=decision,
         files=describe_files(files),
     )
 

@@ -5,7 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stpm.errors import ConfigError
-from stpm.options import EXCLUDE_HELP, ROI_HELP, WAIT_HELP, Names, Options, option
+from stpm.method.recipe import Recipe
+from stpm.options import CATEGORIES_HELP, EXCLUDE_HELP, ROI_HELP, TRACK_HELP, WAIT_HELP, Names, Options, flag, option
+
+
+@dataclass(frozen=True)
+class CategoryOptions(Options):
+    """What holds for one category alone: a recipe of its own, and the options below.
+
+    An entry of `categories:` in a --config file has these options, and those of the recipe but its seed.
+
+    Args:
+        file: which file says so; "" if none does.
+    """
+
+    category: str
+    recipe: Recipe
+    file: str = ""
+    threshold: float | None = option(
+        None, "threshold that a new model begins with, decided by whoever wrote the file", minimum=-3e38, maximum=3e38
+    )
+    roi: str = option("", ROI_HELP)
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,9 @@ class FitOptions(Options):
         "data set in the MVTec AD layout: a folder or a URI (s3://, gs://, abfs://); not needed with --add-good",
     )
     models: str = option("", "model store to write to: a folder or a URI", required=True)
-    categories: Names = option(Names(), "categories to fit, separated by commas; none: all categories of the data set")
+    categories: Names = option(
+        Names(), f"categories to fit, separated by commas; none: all categories of the data set{CATEGORIES_HELP}"
+    )
     exclude: str = option("", EXCLUDE_HELP)
     roi: str = option("", ROI_HELP)
     false_alarm_rate: float = option(
@@ -37,14 +59,16 @@ class FitOptions(Options):
         "with --add-good: prefixes that the URIs in the table may have, instead of the table's own bucket or folder, "
         "separated by commas",
     )
+    track: str = option("", TRACK_HELP)
     wait: bool = option(False, WAIT_HELP)
+    by_category: tuple[CategoryOptions, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.allow and not self.add_good:
             raise ConfigError("--allow is given without --add-good; give both")
-        if self.exclude and self.add_good:
-            raise ConfigError("--exclude is given with --add-good, which fits no model; leave one of them out")
+        if self.add_good and (given := [flag(name) for name in ("exclude", "track") if getattr(self, name)]):
+            raise ConfigError(f"{given[0]} is given with --add-good, which fits no model; leave one of them out")
         if not self.data and not self.add_good:
             raise ConfigError("--data is missing; see --help")
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from stpm import storage
 from stpm.method.recipe import Recipe
 from stpm.method.roi import Roi
-from stpm.models.record import ModelRecord
+from stpm.models.record import Decision, ModelRecord
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class FitTask:
         recipe: how to fit, with the epochs that `Recipe.for_image_count` gives it.
         store: URI of the store that the model goes to.
         teacher_digest: digest of the teacher's weights in that store.
+        decision: the threshold that the model begins with, which neither reuses a model nor fits one again; None: none.
     """
 
     category: str
@@ -32,6 +33,7 @@ class FitTask:
     teacher_digest: str
     roi: Roi | None = None
     rois: tuple[tuple[str, str, str], ...] = ()
+    decision: Decision | None = None
 
     @property
     def key(self) -> str:

@@ -34,6 +34,7 @@ from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scorer_pool import describe_plan
 from stpm.scoring.scoring_run import ScoringRun
+from stpm.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def run_benchmark(
     gate = read_gate(reporting)
     out = storage.output_folder(options.out)
     data = storage.absolute(options.data) if options.data else storage.join(out, "demo-data")
+    tracker, own = Tracker(reporting.track, data), options.by_category
     with on_cluster(cluster, [data, out]):
         if cluster.plan:
             names = mvtec.find_categories(data, options.categories) if options.data else list(demo.TEXTURES)
@@ -66,22 +68,24 @@ def run_benchmark(
         with hold_lease(out, options.wait) as fence:
             if not options.data:
                 demo.make(data)
-            categories, unreadable = read_categories(data, options.categories, options.exclude, options.roi)
+            categories, unreadable = read_categories(data, options.categories, options.exclude, options.roi, own)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
             if categories:
                 stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
                 test = TestSplit(data, categories, scoring, reporting.masks_at, cluster)
                 with connected():
-                    good_images = count_good_images(categories, recipe)
+                    good_images = count_good_images(categories, recipe, own)
                     warn_about_few_good_images(good_images, scoring.false_alarm_rate)
-                    fits = fit_categories(categories, recipe, stores, workers, cluster, options.wait)
+                    fits = fit_categories(categories, recipe, stores, workers, cluster, options.wait, own)
+                    tracker.log_fits(fits)
                     failures += [Failure(fit.task.key, fit.reason) for fit in fits if not fit.record]
                     for seed, uri in stores.items():
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                             output = RunOutput.named(out, f"seed-{seed}", fence)
                             results += test.results(records, ModelStore(uri), output)
             code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
+            tracker.log_report(out)
             log.info(f"models, scores and heatmaps are in {out}")
             return code
 

@@ -18,6 +18,7 @@ from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.output import RunOutput
+from stpm.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
     gate = read_gate(reporting)
     run = storage.absolute(options.run)
     out = storage.output_folder(options.out or run)
+    tracker = Tracker(reporting.track, run)
     results: list[CategoryResult] = []
     failures: list[Failure] = []
     # Tasks read the run's rows on any node; only the driver reads models and writes the report.
@@ -64,7 +66,9 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")
-    return publish_report(Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at), out, gate)
+    code = publish_report(Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at), out, gate)
+    tracker.log_report(out)
+    return code
 
 
 def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:

@@ -18,6 +18,7 @@ from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, WantedBackend
+from stpm.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +34,20 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
         if cluster.plan:
             raise ConfigError("--plan is given with --add-good, which it cannot describe; leave one of them out")
         return _add_good(options, cluster.backend)
+    data, own = storage.absolute(options.data), options.by_category
+    tracker = Tracker(options.track, data)
     with on_cluster(cluster, [options.data, options.models]):
         store = storage.output_folder(options.models)
-        categories, failures = read_categories(
-            storage.absolute(options.data), options.categories, options.exclude, options.roi
-        )
+        categories, failures = read_categories(data, options.categories, options.exclude, options.roi, own)
         if cluster.plan:
             log_plan({"fits": partial(describe_workers, workers, len(categories))})
             return ALL_DONE
-        warn_about_few_good_images(count_good_images(categories, recipe), options.false_alarm_rate)
+        warn_about_few_good_images(count_good_images(categories, recipe, own), options.false_alarm_rate)
         results = []
         if categories:
             stores = {recipe.seed: store}
-            results = fit_categories(categories, recipe, stores, workers, cluster, options.wait)
+            results = fit_categories(categories, recipe, stores, workers, cluster, options.wait, own)
+            tracker.log_fits(results)
     failed = len(failures) + sum(result.record is None for result in results)
     done = len(results) + len(failures) - failed
     log.info(f"{done} of {done + failed} categories are fitted; their models are in {options.models}")

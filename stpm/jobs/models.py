@@ -15,7 +15,7 @@ from stpm.console import log_lines, visible
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.exit_codes import exit_code
 from stpm.lease import hold_lease
-from stpm.method.calibration import promised_rates
+from stpm.method.calibration import describe_promise
 from stpm.models.options import ModelsOptions
 from stpm.models.record import Decision
 from stpm.models.store import ModelStore
@@ -88,12 +88,10 @@ def _decide(store: ModelStore, category: str, decision: Decision | None, false_a
     scores = store.calibration_scores(before)["score"].to_numpy()
     limit = after.threshold(scores, false_alarm_rate)
     was, now = (each.decision or "what the false-alarm rate of a run makes it" for each in (before, after))
-    expected, bound = (round(1000 * rate) for rate in promised_rates(scores, limit))
     _log(
         category,
-        f"the threshold is {now}; it was {was}. {(scores > limit).sum()} of {len(scores)} calibration images are above "
-        f"{limit:.4g}: of 1,000 good images expect at most {expected}, and in 9 of 10 cases at most {bound}. Runs that "
-        f"have begun keep theirs. To undo this: {store.roll_command(category, '--roll-back')}",
+        f"the threshold is {now}; it was {was}. {describe_promise(scores, limit)}. Runs that have begun keep "
+        f"theirs. To undo this: {store.roll_command(category, '--roll-back')}",
     )
 
 

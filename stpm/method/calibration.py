@@ -92,6 +92,15 @@ def promised_rates(scores: npt.NDArray[np.float32], threshold: float) -> tuple[f
     return expected_false_alarm_rate(len(scores), rank), bound
 
 
+def describe_promise(scores: npt.NDArray[np.float32], threshold: float) -> str:
+    """Say how many of a model's calibration scores, (n,), are above a threshold, and how many alarms follow."""
+    expected, bound = (round(1000 * rate) for rate in promised_rates(scores, threshold))
+    return (
+        f"{(scores > threshold).sum()} of {len(scores)} calibration images are above {threshold:.4g}: of 1,000 good "
+        f"images expect at most {expected}, and in 9 of 10 cases at most {bound}"
+    )
+
+
 def log_normal_limit(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:
     """Return the threshold for a rate that n scores, (n,) ascending, two or more, are too few for.
 

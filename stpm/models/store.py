@@ -292,7 +292,7 @@ class ModelStore:
             ModelDamagedError: if one is missing or damaged.
             ModelUnreadableError: if storage failed.
         """
-        return {name: self._read_file(record, name) for name in record.files}
+        return {name: self.read_file(record, name) for name in record.files}
 
     def load(self, category: str, model_id: str = "") -> Model:
         """Load one of a category's models, "": its current one, and verify each file. Raise as `read_files` does."""
@@ -323,12 +323,13 @@ class ModelStore:
     def _tensors(self, record: ModelRecord, name: str) -> StateDict:
         from stpm.method.backbones import deserialise
 
-        return deserialise(self._read_file(record, name), self._uri(record, name))
+        return deserialise(self.read_file(record, name), self._uri(record, name))
 
     def _table(self, record: ModelRecord, name: str) -> pa.Table:
-        return storage.decode_parquet(self._read_file(record, name))
+        return storage.decode_parquet(self.read_file(record, name))
 
-    def _read_file(self, record: ModelRecord, name: str) -> bytes:
+    def read_file(self, record: ModelRecord, name: str) -> bytes:
+        """Read the contents of one of a model's files. Raise as `read_files` does."""
         return _read_verified(self._uri(record, name), record.files[name].digest)
 
     def _uri(self, record: ModelRecord, name: str) -> str:

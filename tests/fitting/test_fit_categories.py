@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stpm import storage
+from stpm.commands import COMMANDS
 from stpm.data import mvtec
-from stpm.errors import ModelError
+from stpm.errors import DataError, ModelError
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
-from stpm.fitting.options import WorkerOptions
+from stpm.fitting.options import CategoryOptions, WorkerOptions
 from stpm.fitting.task import FitResult
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -26,8 +30,10 @@ def categories(root: Path, **images: int) -> list[mvtec.Category]:
     return [mvtec.read_category(str(root / "data"), name) for name in images]
 
 
-def fit(data: list[mvtec.Category], recipe: Recipe, store: str | Path) -> list[FitResult]:
-    return fit_categories(data, recipe, {0: str(store)}, WorkerOptions(), ClusterOptions(), False)
+def fit(
+    data: list[mvtec.Category], recipe: Recipe, store: str | Path, own: Sequence[CategoryOptions] = ()
+) -> list[FitResult]:
+    return fit_categories(data, recipe, {0: str(store)}, WorkerOptions(), ClusterOptions(), False, own)
 
 
 @pytest.mark.parametrize(("kind", "folds", "minimum"), [("student", 0, 2), ("memory", 0, 3), ("memory", 5, 3)])
@@ -163,9 +169,56 @@ def test_a_damaged_current_model_does_not_stop_a_fit_that_others_wait_for(
     assert damaged in caplog.messages[0]
 
 
+def test_each_category_is_fitted_with_its_own_options_and_fitted_again_if_they_change(
+    tmp_path: Path, fitted_keys: list[str], tiny: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, store = categories(tmp_path, nut=8, bolt=8, pill=8), ModelStore(str(tmp_path / "models"))
+    other = Recipe(teacher="resnet34", **{name: value for name, value in vars(tiny).items() if name != "teacher"})
+    nut = CategoryOptions("nut", MODELS["memory"], "run.yaml", threshold=0.5)
+    own = [nut, CategoryOptions("bolt", other, "run.yaml")]
+    assert all(result.record for result in fit(data, tiny, store.uri, own))
+    assert [store.record(each.name).recipe for each in data] == [MODELS["memory"], other, tiny]
+    decided = store.record("nut")
+    assert decided.decision
+    assert (decided.decision.threshold, decided.decision.by) == (0.5, "run.yaml")
+    assert [store.record(name).decision for name in ("bolt", "pill")] == [None, None]
+    # Only the category whose options changed is fitted again. A threshold is for new models: no fit changes one.
+    own = [dataclasses.replace(nut, threshold=0.75), CategoryOptions("bolt", dataclasses.replace(other, epochs=3))]
+    caplog.set_level("INFO")
+    fit(data, tiny, store.uri, own)
+    assert fitted_keys[3:] == ["bolt (seed 0)"]
+    assert store.record("nut") == decided
+    assert "its threshold stays; that of run.yaml is for new models" in caplog.text
+    words = shlex.split(caplog.text.partition("To decide it now: stpm ")[2].splitlines()[0])
+    assert main_of(words) == 0
+    assert store.record("nut").threshold(np.zeros(1, np.float32), 0.01) == 0.75
+    caplog.clear()
+    fit(data, tiny, store.uri, own)
+    assert (fitted_keys[4:], "its threshold stays" in caplog.text) == ([], False)
+    fit(data, tiny, store.uri, [dataclasses.replace(nut, recipe=tiny)])
+    assert store.record("nut").threshold(np.zeros(1, np.float32), 0.01) == 0.5
+
+
+def main_of(words: list[str]) -> int:
+    name, *argv = words
+    return COMMANDS[name](argv)
+
+
+@pytest.mark.parametrize("wanted", [[], ["nut"]])
+def test_options_of_a_category_that_is_not_there_are_refused_by_name(tmp_path: Path, wanted: list[str]) -> None:
+    categories(tmp_path, nut=8, bottle=8)
+    own = [CategoryOptions(name, MODELS["student"], "run.yaml") for name in ("nut", "botle")]
+    message = r"categories in run\.yaml: .*/data: no category botle; did you mean bottle\? there are bottle, nut"
+    with pytest.raises(DataError, match=message):
+        read_categories(str(tmp_path / "data"), wanted, own=own)
+    assert [each.name for each in read_categories(str(tmp_path / "data"), ["nut"], own=own[:1])[0]] == ["nut"]
+
+
 def test_good_images_are_counted_with_those_that_calibrate(tmp_path: Path, tiny: Recipe) -> None:
     data = categories(tmp_path, nut=8)
     assert count_good_images(data, tiny) == {"nut": (8, 2)}
     assert count_good_images(data, dataclasses.replace(MODELS["memory"], calibration_folds=2)) == {"nut": (8, 8)}
+    own = [CategoryOptions("nut", dataclasses.replace(tiny, held_out_fraction=0.5))]
+    assert count_good_images(data, tiny, own) == {"nut": (8, 4)}
     few = dataclasses.replace(data[0], train=data[0].train[:1])
     assert count_good_images([few], tiny) == {}
