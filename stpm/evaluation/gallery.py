@@ -43,6 +43,11 @@ def galleries(category: ScoredCategory, scale: HeatmapScale) -> dict[str, Galler
     }
 
 
+def draw_images(category: ScoredCategory, scale: HeatmapScale, uris: Sequence[str]) -> dict[str, Tile]:
+    """Draw some images of a category, by URI."""
+    return {row["uri"]: _draw(category, scale, row) for row in category.rows(_COLUMNS, uris).to_pylist()}
+
+
 def _gallery(category: ScoredCategory, scale: HeatmapScale, rows: Sequence[Row], max_tiles: int) -> Gallery:
     drawn = (_draw(category, scale, row) for row in rows)
     return Gallery(list(islice((tile for tile in drawn if tile.picture), max_tiles)), len(rows))

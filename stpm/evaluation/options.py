@@ -26,6 +26,27 @@ class EvaluateOptions(Options):
 
 
 @dataclass(frozen=True)
+class CompareOptions(Options):
+    """The two runs to compare, and the page."""
+
+    run: Names = option(
+        Names(),
+        "run folders of A and of B, each by its own --run or separated by a comma: A is what is in use, B what may "
+        "replace it. Both have scored the same images, with labels or without",
+        required=True,
+    )
+    models: Names = option(Names(), "model stores of A and of B, or one of both, if they have moved since")
+    page: str = option("compare.html", "HTML file: a path or a URI")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.run) != 2 or len(self.models) > 2:
+            raise ConfigError(
+                f"--run names {len(self.run)} runs, and --models {len(self.models)} stores; give two runs"
+            )
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions(Options):
     """The data set to benchmark, and the run folder."""
 
