@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stpm.errors import ConfigError
-from stpm.options import EXCLUDE_HELP, WAIT_HELP, Integers, Names, Options, option
+from stpm.options import EXCLUDE_HELP, WAIT_HELP, Export, Integers, Names, Options, check_export, option
 
 MasksAt = Literal["model", "original"]
 
@@ -85,3 +85,8 @@ class ReportOptions(Options):
     )
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
     tolerance: float = option(0.01, "largest shortfall from a baseline's value: 0.01 accepts 0.94 for 0.95", minimum=0)
+    export: Export = option("none", "also write the tables, and the rows of all images, as CSV or in one XLSX file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_export(self.export)

@@ -63,4 +63,5 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")
-    return publish_report(Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at), out, gate)
+    report = Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at)
+    return publish_report(report, out, gate, reporting.export, [output for output, _, _ in runs])
