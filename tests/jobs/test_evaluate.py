@@ -38,9 +38,14 @@ def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), ReportOptions(), ClusterOptions())
 
 
-def finish_run(output: RunOutput, model_id: str, store: str) -> None:
+def finish_run(output: RunOutput, model_id: str, store: str, rows: int = 0) -> None:
     """Write the state of a finished run of the category `nut`."""
-    run = {"config": {}, "models": {"nut": model_id}, "store": store, "result": dataclasses.asdict(RunResult())}
+    run = {
+        "config": {},
+        "models": {"nut": model_id},
+        "store": store,
+        "result": dataclasses.asdict(RunResult(rows=rows)),
+    }
     storage.publish(f"{output.state_folder}/run.json", json.dumps(run).encode())
     storage.publish(f"{output.state_folder}/_SUCCESS", b"")
 
