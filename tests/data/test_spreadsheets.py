@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -22,6 +23,7 @@ from stpm.evaluation.options import ReportOptions
 from stpm.scoring.options import CollectionOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import row_reader
+from tests.conftest import REPOSITORY
 from tests.datasets import make_output, write_rows
 
 FORMULAS = ["=1+1", "+sum", "@a", "\tx", "\r=1", "\n="]
@@ -102,6 +104,16 @@ def test_rows_are_exported_without_pictures_and_a_damaged_file_is_named(tmp_path
     storage.publish(output.files()[1], b"\0" * 2000 + whole[2000:])
     with pytest.raises(RunDamagedError, match=r"scores_1\.parquet is damaged"):
         dict(encode_tables({"rows": reader}, "csv"))
+
+
+def test_the_lines_in_the_docs_read_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"category": ["a", "a", "b"], "is_anomalous": [True, True, False], "score": [1.0, 2.0, 3.0]}
+    write_rows(RunOutput.single(f"{tmp_path}/scored/gravel"), make_output(3, **columns))
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(.*?)\n```", (REPOSITORY / "docs" / "scoring.md").read_text(), re.DOTALL)
+    counts, largest = (eval(line, {"duckdb": duckdb, "pd": pd}) for line in lines.splitlines())  # noqa: S307
+    assert sorted(counts.fetchall()) == [("a", 2, 2), ("b", 1, 0)]
+    assert largest["score"].tolist() == [2.0, 1.0]
 
 
 def test_a_missing_library_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

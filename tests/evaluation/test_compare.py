@@ -169,7 +169,7 @@ def test_a_long_list_shows_its_first_images(
 def test_what_cannot_be_compared_is_refused(folders: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--run names 1 runs, and --models 0 stores; give two runs"):
         CompareOptions(run=Names("a"))
-    with pytest.raises(ModelError, match="/gone: no model .*; if its store has moved, name the new place by --models"):
+    with pytest.raises(ModelError, match=r"/gone: no model .*; if its store has moved, name the new place by --models"):
         run_compare(CompareOptions(run=Names(folders), models=Names([f"{tmp_path}/gone"])))
     store = folders[0].replace("/run", "/models")
     page = str(tmp_path / "moved.html")
