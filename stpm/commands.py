@@ -11,7 +11,7 @@ import sys
 from stpm import __doc__ as description
 from stpm import __version__
 from stpm.cli import Job, run_job
-from stpm.evaluation.options import BenchmarkOptions, EvaluateOptions, ReportOptions
+from stpm.evaluation.options import BenchmarkOptions, CompareOptions, EvaluateOptions, ReportOptions
 from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.line.options import MonitoringOptions, NightlyOptions
@@ -61,6 +61,13 @@ _JOBS = (
         check=("run", "stpm.scoring.output:RunOutput.find_all"),
         run="stpm.jobs.evaluate:run_evaluate",
         example="stpm evaluate --run runs/benchmark --out runs/at-full-size --masks-at original",
+    ),
+    Job(
+        name="compare",
+        description="Show what two models find, and where they differ, from two scored runs of the same images.",
+        groups=_groups(CompareOptions),
+        run="stpm.jobs.compare:run_compare",
+        example="stpm compare --run scored/current --run scored/new --page compare.html",
     ),
     Job(
         name="benchmark",

@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from operator import index
 from typing import Literal, TypeVar
 
@@ -152,6 +153,15 @@ class Options:
             if not field.metadata["is_secret"]:
                 for text in value if isinstance(value, tuple) else (value,):
                     check_no_secret(str(text))
+
+
+Export = Literal["none", "csv", "xlsx"]
+
+
+def check_export(kind: Export) -> None:
+    """Raise ConfigError, before any work is done, if what writes such tables is not installed."""
+    if kind == "xlsx" and not find_spec("xlsxwriter"):
+        raise ConfigError("--export xlsx needs XlsxWriter: pip install 'stpm[xlsx]', or give --export csv")
 
 
 WantedBackend = Literal["auto", "pytorch", "openvino"]

@@ -11,11 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from stpm.errors import RunDamagedError
+from stpm import storage
+from stpm.errors import DataError, ModelDamagedError, ModelError, RunDamagedError
 from stpm.evaluation.options import MasksAt
 from stpm.method.preprocessing import Preprocessing
 from stpm.metrics.category_metrics import LabelledScores, ScoredImage, label_scores
 from stpm.metrics.pixel_metrics import Map
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import naming_damaged_file, open_rows, read_batches
 
@@ -34,13 +37,38 @@ class ScoredCategory:
     name: str
     preprocessing: Preprocessing
 
-    def rows(self, columns: Sequence[str] = _COLUMNS) -> pa.Table:
-        """Read the category's rows, sorted by URI."""
+    def rows(self, columns: Sequence[str] = _COLUMNS, uris: Sequence[str] | None = None) -> pa.Table:
+        """Read the category's rows, or those with some URIs, sorted by URI."""
+        chosen = ds.field("category") == self.name
+        chosen = chosen if uris is None else chosen & ds.field("uri").isin(uris)
         with naming_damaged_file(self.output):
-            rows = open_rows(self.output, columns).to_table(
-                columns=list(columns), filter=ds.field("category") == self.name
-            )
+            rows = open_rows(self.output, columns).to_table(columns=list(columns), filter=chosen)
         return rows.sort_by("uri")
+
+
+def read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:
+    """Read the records of the models that scored a run.
+
+    Args:
+        models: URI of the run's model store, or of the folder that has a store for each of several runs, by name; "":
+            where the store was when the run began.
+
+    Raises:
+        DataError: if the run is not finished.
+        ModelError: if one of the models no longer exists.
+    """
+    state = output.state
+    uri, model_ids = state.store_and_model_ids()
+    if not state.is_finished():
+        raise DataError(f"{output.folder}: this run is not finished; run the score job again")
+    if models:
+        own = storage.join(models, output.name)
+        uri = own if output.is_named and storage.exists(own) else models
+    store = ModelStore(uri)
+    try:
+        return store, [store.record(category, model_id) for category, model_id in model_ids.items()]
+    except ModelDamagedError as error:
+        raise ModelError(f"{error}; if its store has moved, name the new place by --models") from error
 
 
 def read_scores(category: ScoredCategory, masks_at: MasksAt = "model") -> LabelledScores:

@@ -12,6 +12,7 @@ import ray
 from stpm import storage
 from stpm.cluster.ray_failures import interrupted_by_ray, results_of
 from stpm.console import log_lines
+from stpm.data.spreadsheets import encode_tables
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import galleries
@@ -24,8 +25,9 @@ from stpm.metrics.category_metrics import measure_category
 from stpm.metrics.intervals import Scores
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.options import Export
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import check_row_count, read_batches
+from stpm.scoring.output_rows import check_row_count, read_batches, row_reader
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +87,19 @@ def evaluate_category(
     return CategoryResult(record, measure_category(scores), charts, shown, threshold)
 
 
-def publish_report(report: Report, out: str, gate: Gate) -> int:
-    """Write the report, print it, and check it against the gate.
+def publish_report(
+    report: Report, out: str, gate: Gate, export: Export = "none", runs: Sequence[RunOutput] = ()
+) -> int:
+    """Write the report, and its tables and the rows of its runs for people; print it, and check it against the gate.
 
     Returns:
         The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
     """
     shortfalls = gate.shortfalls(report.contents)
-    for name, content in {**report.files(), "report.html": report.page(shortfalls).encode()}.items():
+    tables = {name: table.to_reader() for name, table in report.tables().items()}
+    tables |= {f"rows-{run.name}": row_reader(run) for run in runs if export != "none"}
+    files = {**report.files(), "report.html": report.page(shortfalls).encode(), **dict(encode_tables(tables, export))}
+    for name, content in files.items():
         storage.publish(storage.join(out, name), content)
     log_lines(report.text())
     for line in shortfalls:

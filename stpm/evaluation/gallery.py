@@ -11,6 +11,7 @@ from stpm.data.mvtec import GOOD
 from stpm.errors import DataError
 from stpm.evaluation.category import MASK_COLUMNS, ScoredCategory
 from stpm.method.scales import HeatmapScale
+from stpm.models.record import ModelRecord
 from stpm.pages.tiles import Tile, draw_tile
 
 # A page has at most so many images of each category's largest scores, missed defects and false alarms.
@@ -41,6 +42,12 @@ def galleries(category: ScoredCategory, scale: HeatmapScale) -> dict[str, Galler
         "False alarms": _gallery(category, scale, alarms, _MAX_TILES),
         "Largest scores": _gallery(category, scale, rows, _LARGEST),
     }
+
+
+def draw_images(category: ScoredCategory, model: ModelRecord, uris: Sequence[str]) -> dict[str, Tile]:
+    """Draw the first of some images of a category, by URI."""
+    rows = category.rows(_COLUMNS, uris[:_MAX_TILES]).to_pylist()
+    return {row["uri"]: _draw(category, model.heatmap_scale, row) for row in rows}
 
 
 def _gallery(category: ScoredCategory, scale: HeatmapScale, rows: Sequence[Row], max_tiles: int) -> Gallery:

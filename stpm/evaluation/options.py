@@ -13,9 +13,11 @@ from stpm.options import (
     ROI_HELP,
     TRACK_HELP,
     WAIT_HELP,
+    Export,
     Integers,
     Names,
     Options,
+    check_export,
     option,
 )
 
@@ -34,6 +36,27 @@ class EvaluateOptions(Options):
     )
     models: str = option("", "model store of that run, or models/ of the benchmark, if it has moved since")
     out: str = option("", "folder for the report: a folder or a URI; none: the run folder")
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    """The two runs to compare, and the page."""
+
+    run: Names = option(
+        Names(),
+        "run folders of A and of B, each by its own --run or separated by a comma: A is what is in use, B what may "
+        "replace it. Both have scored the same images, with labels or without",
+        required=True,
+    )
+    models: Names = option(Names(), "model stores of A and of B, or one of both, if they have moved since")
+    page: str = option("compare.html", "HTML file: a path or a URI")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.run) != 2 or len(self.models) > 2:
+            raise ConfigError(
+                f"--run names {len(self.run)} runs, and --models {len(self.models)} stores; give two runs"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,3 +103,8 @@ class ReportOptions(Options):
     baseline: str = option("", "report.json of an earlier run, whose values must be reached")
     tolerance: float = option(0.01, "largest shortfall from a baseline's value: 0.01 accepts 0.94 for 0.95", minimum=0)
     track: str = option("", TRACK_HELP)
+    export: Export = option("none", "also write the tables, and the rows of all images, as CSV or in one XLSX file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_export(self.export)

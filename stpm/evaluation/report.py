@@ -199,15 +199,21 @@ class Report:
             shortfalls=shortfalls,
         )
 
-    def files(self) -> dict[str, bytes]:
-        """Make report.json, report.parquet (a row per category and seed), defects.parquet and report.md, by name."""
+    def tables(self) -> dict[str, pa.Table]:
+        """Make `report`, with a row per category and seed, and `defects`, with one per defect type of each."""
         results = [result for group in self.by_category.values() for result in group]
         rows = [result.row() for result in results]
         defect_rows = [row for result in results for row in result.defect_rows()]
         return {
+            "report": pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA),
+            "defects": pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA),
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """Make report.json, report.md, and a .parquet file of each of the tables, by name."""
+        return {
             "report.json": json.dumps(self.contents, indent=2, ensure_ascii=False, allow_nan=False).encode(),
-            "report.parquet": storage.encode_parquet(pa.Table.from_pylist(rows, schema=_REPORT_SCHEMA)),
-            "defects.parquet": storage.encode_parquet(pa.Table.from_pylist(defect_rows, schema=_DEFECTS_SCHEMA)),
+            **{f"{name}.parquet": storage.encode_parquet(table) for name, table in self.tables().items()},
             "report.md": self.markdown().encode(),
         }
 

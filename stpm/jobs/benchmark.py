@@ -71,6 +71,7 @@ def run_benchmark(
             categories, unreadable = read_categories(data, options.categories, options.exclude, options.roi, own)
             failures = [Failure(name, reason) for name, reason in unreadable.items()]
             results: list[CategoryResult] = []
+            runs: list[RunOutput] = []
             if categories:
                 stores = {seed: storage.join(out, "models", f"seed-{seed}") for seed in options.seeds}
                 test = TestSplit(data, categories, scoring, reporting.masks_at, cluster)
@@ -84,7 +85,9 @@ def run_benchmark(
                         if records := [fit.record for fit in fits if fit.task.recipe.seed == seed and fit.record]:
                             output = RunOutput.named(out, f"seed-{seed}", fence)
                             results += test.results(records, ModelStore(uri), output)
-            code = publish_report(Report(data, results, failures, reporting.masks_at), out, gate)
+                            runs.append(output)
+            report = Report(data, results, failures, reporting.masks_at)
+            code = publish_report(report, out, gate, reporting.export, runs)
             tracker.log_report(out)
             log.info(f"models, scores and heatmaps are in {out}")
             return code

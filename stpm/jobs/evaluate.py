@@ -9,13 +9,12 @@ from collections import Counter
 from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.placement import on_cluster
-from stpm.errors import DataError, ModelDamagedError, ModelError, with_remedy
+from stpm.errors import DataError, with_remedy
+from stpm.evaluation.category import read_models
 from stpm.evaluation.evaluate import evaluate_categories, find_labels_without_model, publish_report
 from stpm.evaluation.gate import read_gate
 from stpm.evaluation.options import EvaluateOptions, ReportOptions
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.models.record import ModelRecord
-from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.output import RunOutput
 from stpm.tracking import Tracker
@@ -43,7 +42,7 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
         on_cluster(cluster, [run]),
         with_remedy("score its images again: run the benchmark again, or the score job with --fresh"),
     ):
-        runs = [(output, *_read_models(output, options.models)) for output in RunOutput.find_all(run)]
+        runs = [(output, *read_models(output, options.models)) for output in RunOutput.find_all(run)]
         counts = Counter((record.category, record.recipe.seed) for _, _, records in runs for record in records)
         for (category, seed), count in counts.items():
             if count > 1:
@@ -66,31 +65,7 @@ def run_evaluate(options: EvaluateOptions, reporting: ReportOptions, cluster: Cl
     for result in results:
         if unlabelled := result.metrics.unlabelled_count:
             log.info(f"{result.model.category}: {unlabelled} images without a label are not evaluated")
-    code = publish_report(Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at), out, gate)
+    report = Report(run, results, list(dict.fromkeys(failures)), reporting.masks_at)
+    code = publish_report(report, out, gate, reporting.export, [output for output, _, _ in runs])
     tracker.log_report(out)
     return code
-
-
-def _read_models(output: RunOutput, models: str) -> tuple[ModelStore, list[ModelRecord]]:
-    """Read the records of the models that scored a run.
-
-    Args:
-        models: URI of the run's model store, or of the folder that has a store for each of several runs, by name; "":
-            where the store was when the run began.
-
-    Raises:
-        DataError: if the run is not finished.
-        ModelError: if one of the models no longer exists.
-    """
-    state = output.state
-    uri, model_ids = state.store_and_model_ids()
-    if not state.is_finished():
-        raise DataError(f"{output.folder}: this run is not finished; run the score job again")
-    if models:
-        own = storage.join(models, output.name)
-        uri = own if output.is_named and storage.exists(own) else models
-    store = ModelStore(uri)
-    try:
-        return store, [store.record(category, model_id) for category, model_id in model_ids.items()]
-    except ModelDamagedError as error:
-        raise ModelError(f"{error}; if its store has moved, name the new place by --models") from error

@@ -7,6 +7,7 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
+from stpm.data.spreadsheets import encode_tables
 from stpm.errors import with_remedy
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
@@ -17,6 +18,7 @@ from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import row_reader
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.run_statistics import RunResult, too_many_errors
@@ -69,6 +71,9 @@ def run_score(
     counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items() if not each.decision}
     warn_about_few_good_images(counts, scoring.false_alarm_rate)
     _log_result(result, run.output)
+    if collection.export != "none":
+        for name, data in encode_tables({"rows": row_reader(run.output)}, collection.export):
+            storage.publish(storage.join(folder, name), data)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
     if reason := too_many_errors(result.error_count, result.rows, collection.max_error_rate):

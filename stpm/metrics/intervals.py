@@ -33,17 +33,47 @@ def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict
     Raises:
         UndefinedMetricError: if there is only one class, or a score is not finite.
     """
-    require_both_classes(is_defect, scores)
+    return dict(zip(RANK_METRICS, _ends(_resample(is_defect, scores[None], seed)[0]), strict=True))
+
+
+def paired_auroc_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> list[Interval]:
+    """Compute the intervals of the AUROC of A and B, two scores (2, N) of each image, and of that of B minus that of A.
+
+    A resample takes the same images for both: what makes an image hard for both cancels out, so that the interval of
+    the difference is narrower than the other two suggest. The method and the errors are those of `bootstrap_intervals`.
+    """
+    a, b = _resample(is_defect, scores, seed)[:, 0]
+    return _ends(np.stack([a, b, b - a]))
+
+
+def _resample(is_defect: Flags, scores: Scores, seed: int) -> npt.NDArray[np.float64]:
+    """Compute RANK_METRICS of S scores (S, N) of each image, in the same R resamples of the images: (S, 3, R)."""
+    for each in scores:
+        require_both_classes(is_defect, each)
     rng = np.random.default_rng(seed)
-    distinct, rank = np.unique(-scores, return_inverse=True)
-    good, defect = (np.bincount(rank[is_defect == flag], minlength=len(distinct)) for flag in (False, True))
-    chunk = max(1, _CHUNK // len(distinct))
-    resampled = [
-        _metrics(*(rng.multinomial(counts.sum(), counts / counts.sum(), size) for counts in (good, defect)))
-        for size in (min(chunk, _RESAMPLES - start) for start in range(0, _RESAMPLES, chunk))
-    ]
-    ends = np.quantile(np.concatenate(resampled, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
-    return {name: (float(low), float(high)) for name, low, high in zip(RANK_METRICS, *ends, strict=True)}
+    # Images that have all scores in common are counted together.
+    distinct, place = np.unique(-scores, axis=1, return_inverse=True)
+    good, defect = (np.bincount(place[is_defect == flag], minlength=distinct.shape[1]) for flag in (False, True))
+    chunk = max(1, _CHUNK // distinct.shape[1])
+    resampled = []
+    for start in range(0, _RESAMPLES, chunk):
+        size = min(chunk, _RESAMPLES - start)
+        drawn = [rng.multinomial(counts.sum(), counts / counts.sum(), size) for counts in (good, defect)]
+        resampled.append([_metrics(*(_by_score(counts, each) for counts in drawn)) for each in distinct])
+    return np.concatenate(resampled, axis=2)
+
+
+def _by_score(counts: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Add up counts (R, K) of equal scores (K,), the smallest score first."""
+    order = np.argsort(scores)
+    _, starts = np.unique(scores[order], return_index=True)
+    return np.add.reduceat(counts[:, order], starts, axis=1)
+
+
+def _ends(values: npt.NDArray[np.float64]) -> list[Interval]:
+    """Return the interval of each of (M, R) resampled values."""
+    ends = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
+    return [(float(low), float(high)) for low, high in ends.T]
 
 
 def wilson_interval(flags: Flags) -> Interval:

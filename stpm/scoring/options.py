@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.options import WAIT_HELP, Names, Options, option
+from stpm.options import WAIT_HELP, Export, Names, Options, check_export, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
 Heatmaps = Literal["all", "anomalous", "none"]
@@ -47,9 +47,11 @@ class CollectionOptions(Options):
     max_error_rate: float = option(
         0.01, "fraction of images, 0 to 1, that may be errors before the exit code is 2", minimum=0, maximum=1
     )
+    export: Export = option("none", "also write the rows, when all are there, as rows.csv or rows.xlsx")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_export(self.export)
         CategoryRule(self.category, self.category_from)
 
 

@@ -133,7 +133,8 @@ class RunOutput:
 
     def written_uris(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""
-        names = (self.manifest, self.summaries, self.triage, self.heatmaps)
+        tables = (storage.join(self.state_folder, f"rows.{kind}") for kind in ("csv", "xlsx"))
+        names = (self.manifest, self.summaries, self.triage, self.heatmaps, *tables)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
 
     def clear(self) -> None:

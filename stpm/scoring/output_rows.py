@@ -55,6 +55,13 @@ def read_batches(
         yield from open_rows(output, columns).to_batches(list(columns), filter=chosen, batch_size=batch_size)
 
 
+def row_reader(output: RunOutput) -> pa.RecordBatchReader:
+    """Return a reader of all rows that the run wrote, without columns of bytes; it raises as `read_batches` does."""
+    fields = [field for field in open_rows(output).schema if field.type not in (pa.binary(), pa.large_binary())]
+    schema = pa.schema(fields).remove_metadata()
+    return pa.RecordBatchReader.from_batches(schema, read_batches(output, schema.names))
+
+
 def count_rows(output: RunOutput, files: Sequence[str] | None = None) -> int:
     """Count the rows that the run wrote, or those in some of its files, from the footers alone.
 

@@ -49,11 +49,14 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
         for number, category in enumerate(NO_MODELS):
             rows.writerow([working_folder / f"{number}.png", category, "", "", 8])
     score = ["--models", "models", "--images", "manifest.csv", "--out", "run", "--raw-maps"]
-    score += ["--max-error-rate", "1"]
+    score += ["--max-error-rate", "1", "--export", "csv"]
     assert call_job("score", *score).returncode == 0
     check_rows()
+    exported = pd.read_csv("run/rows.csv")
+    assert sorted(exported.uri) == sorted(row["uri"] for row in read_rows("run"))
+    assert sorted(exported.line) == [7] * 8 + [8] * 5
 
-    done = call_job("evaluate", "--run", "run", "--out", "report")
+    done = call_job("evaluate", "--run", "run", "--out", "report", "--export", "csv")
     assert done.returncode == 0
     report = json.loads(Path("report/report.json").read_text())
     scored = [row for row in read_rows("run") if not row["error_kind"]]
@@ -62,11 +65,14 @@ def test_a_scored_collection_with_labels_is_evaluated_and_compared(working_folde
     assert nut["image_auroc"] == pytest.approx(expected)
     assert nut["pixel_aupro"] is not None
     assert {path.name for path in Path("report").iterdir()} == {
+        "defects.csv",
         "defects.parquet",
+        "report.csv",
         "report.html",
         "report.json",
         "report.md",
         "report.parquet",
+        "rows-scores.csv",
     }
 
     # At the masks' own size, and compared to the first report.

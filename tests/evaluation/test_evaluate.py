@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import Mock
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -33,7 +34,9 @@ def test_a_category_is_evaluated_published_and_checked_against_the_gate(
     assert publish_report(report, out, Gate((), {})) == 0
     assert {path.name for path in Path(out).iterdir()} == {"report.html", *report.files()}
     gate = Gate((Requirement("nut", "pixel_auroc", 1.0),), {})
-    assert publish_report(report, out, gate) == 2
+    assert publish_report(report, out, gate, "csv", [category.output]) == 2
+    rows = {name: len(pd.read_csv(f"{out}/{name}.csv")) for name in ("report", "defects", "rows-seed-0")}
+    assert rows == {"report": 1, "defects": 1, "rows-seed-0": 12}
     assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
 
 

@@ -37,12 +37,12 @@ def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), ReportOptions(), ClusterOptions())
 
 
-def finish_run(output: RunOutput, model_id: str, store: str) -> None:
+def finish_run(output: RunOutput, model_id: str, store: str, rows: int = 0) -> None:
     """Write the state of a finished run of the category `nut`."""
     state = RunState(output.state_folder)
     state.start(ScoringConfig((), 0.01))
     state.bind_models({"nut": model_id}, store)
-    state.finish(RunResult())
+    state.finish(RunResult(rows=rows))
 
 
 def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:

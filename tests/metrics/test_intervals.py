@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from stpm.errors import UndefinedMetricError
-from stpm.metrics.intervals import bootstrap_intervals, wilson_interval
+from stpm.metrics.intervals import bootstrap_intervals, paired_auroc_intervals, wilson_interval
 
 
 def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict[str, np.ndarray]:
@@ -50,6 +50,24 @@ def test_the_interval_holds_the_true_auroc_at_its_confidence() -> None:
 
 def test_the_interval_of_separated_classes_has_no_width() -> None:
     assert bootstrap_intervals(np.array([False, True, True]), np.array([0, 1, 2], np.float32))["auroc"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.95])
+def test_a_paired_interval_takes_the_same_images_of_both(shared: float) -> None:
+    """Against one by one, with ties; what both scores share makes the interval of their difference narrower."""
+    rng = np.random.default_rng(5)
+    is_defect = np.arange(80) < 35
+    common, own = rng.normal(size=80), rng.normal(size=(2, 80))
+    scores = (np.sqrt(shared) * common + np.sqrt(1 - shared) * own + is_defect).round(1).astype(np.float32)
+    good, defects = np.flatnonzero(~is_defect), np.flatnonzero(is_defect)
+    drawn = [np.concatenate([rng.choice(good, len(good)), rng.choice(defects, len(defects))]) for _ in range(600)]
+    a, b = ([roc_auc_score(is_defect[each], one[each]) for each in drawn] for one in scores)
+    found = paired_auroc_intervals(is_defect, scores)
+    for ends, values in zip(found, (a, b, np.subtract(b, a)), strict=True):
+        assert ends == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=0.02)
+    width_a, width_b, width = (high - low for low, high in found)
+    assert (width < 0.5 * min(width_a, width_b)) == (shared > 0)
+    assert found[0] == pytest.approx(bootstrap_intervals(is_defect, scores[0])["auroc"], abs=0.01)
 
 
 def test_a_fraction_has_wilsons_interval() -> None:

@@ -1,0 +1,74 @@
+"""Tables for people, as CSV and XLSX. Programs read the Parquet files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO, TextIOWrapper
+from typing import Any
+
+import pyarrow as pa
+
+from stpm.options import Export
+
+# Rows of a sheet, and characters of a cell: spreadsheets have no more.
+_MAX_ROWS, _MAX_TEXT = 2**20, 32_767
+# Integers up to here are exact in a spreadsheet, whose numbers are float64.
+_EXACT = 2**53
+_BOOK = {"constant_memory": True, "strings_to_formulas": False, "strings_to_urls": False}
+
+
+def encode_tables(tables: Mapping[str, pa.RecordBatchReader], kind: Export) -> Iterator[tuple[str, bytes]]:
+    """Yield files of tables, with their names: one as CSV for each, or one as XLSX, named as the first, with all.
+
+    Some rows are in memory at a time, beside the file. Lists and structs become JSON, and numbers that float64 cannot
+    hold text. In XLSX a long table goes on in the next sheet. No cell is a formula: in CSV, text that would be one gets
+    an apostrophe before it. CSV begins with the mark by which spreadsheets know UTF-8.
+    """
+    file = BytesIO()
+    if kind == "csv":
+        for name, reader in tables.items():
+            text = TextIOWrapper(file := BytesIO(), "utf-8-sig", newline="", write_through=True)
+            csv.writer(text).writerows(_rows(reader, _without_formula))
+            yield f"{name}.csv", file.getvalue()
+    if kind == "xlsx":
+        from xlsxwriter import Workbook
+
+        with Workbook(file, _BOOK) as book:
+            for name, reader in tables.items():
+                for i, row in enumerate(_rows(reader, lambda text: text[:_MAX_TEXT])):
+                    if i % _MAX_ROWS == 0:
+                        sheet = book.add_worksheet(f"{name}{i // _MAX_ROWS or ''}")
+                    sheet.write_row(i % _MAX_ROWS, 0, row)
+        yield f"{next(iter(tables))}.xlsx", file.getvalue()
+
+
+def _rows(reader: pa.RecordBatchReader, as_text: Callable[[str], str]) -> Iterator[list[Any]]:
+    """Yield the names of the columns, and then the cells of each row."""
+
+    def as_cell(value: Any) -> Any:
+        # NaN fails the comparison, too.
+        if value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= _EXACT):
+            return value
+        is_nested = isinstance(value, list | dict)
+        return as_text(json.dumps(value, ensure_ascii=False, default=str) if is_nested else str(value))
+
+    yield [as_text(name) for name in reader.schema.names]
+    for batch in reader:
+        # As text, a float32 has the digits that it needs, and not those of the nearest float64.
+        columns = (each.cast(pa.string()).cast(pa.float64()) if each.type == pa.float32() else each for each in batch)
+        yield from map(list, zip(*(map(as_cell, each.to_pylist()) for each in columns), strict=True))
+
+
+def _without_formula(text: str) -> str:
+    """Put an apostrophe before text that a spreadsheet would take for a formula.
+
+    >>> _without_formula("=cmd"), _without_formula("-cmd"), _without_formula("-3.5"), _without_formula("s3://b/=1.png")
+    ("'=cmd", "'-cmd", '-3.5', 's3://b/=1.png')
+    """
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+    return text
