@@ -58,6 +58,7 @@ def run_score(
             config = ScoringConfig(
                 images=sources,
                 false_alarm_rate=scoring.false_alarm_rate,
+                region_rate=scoring.rates[1],
                 output=output,
                 category=collection.category,
                 category_from=collection.category_from,
@@ -73,6 +74,7 @@ def run_score(
                 triage_images=collection.top,
                 cluster=cluster,
                 fdr=collection.fdr,
+                coco=collection.coco,
             )
             if collection.dry_run:
                 dry_run(run)

@@ -182,6 +182,7 @@ def _scoring_run(
         config=ScoringConfig(
             images=job.sources(folder.date),
             false_alarm_rate=job.scoring.false_alarm_rate,
+            region_rate=job.scoring.rates[1],
             output=replace(job.output, partition_by=partition_by),
             category=job.options.category,
             category_from=job.options.category_from,

@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     """One image: its row of OUTPUT, the scale of its heatmap, and data URIs of one width and height, in pixels.
 
     They are a JPEG of what the model sees, "" if it can no longer be read, and transparent PNGs that lie over it.
+    `seen` are left, top, width and height of that part, in pixels of the image itself, as its regions are.
     """
 
     row: Mapping[str, Any]
@@ -28,6 +29,7 @@ class Tile(NamedTuple):
     heatmap: str = ""
     outline: str = ""
     size: tuple[int, int] = (0, 0)
+    seen: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
 def draw_tile(
@@ -50,4 +52,6 @@ def draw_tile(
         resized = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
         outline = data_uri("png", mask_png(np.asarray(resized)))
     heatmap = "" if levels is None else data_uri("png", overlay_png(levels))
-    return Tile(row, scale, data_uri("jpeg", encode_jpeg(Image.fromarray(pixels))), heatmap, outline, size)
+    picture = data_uri("jpeg", encode_jpeg(Image.fromarray(pixels)))
+    left, top, right, bottom = preprocessing.source_box(row["width"], row["height"])
+    return Tile(row, scale, picture, heatmap, outline, size, (left, top, right - left, bottom - top))

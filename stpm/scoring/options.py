@@ -50,6 +50,9 @@ class CollectionOptions(Options):
         minimum=0,
         below=1,
     )
+    coco: bool = option(
+        False, "write alarms.coco.json: the anomalous images and their regions, which labelling tools import"
+    )
     dry_run: bool = option(
         False, "list all images, score 200 of them, and estimate what the whole run takes; no file is kept"
     )
@@ -78,6 +81,9 @@ class OutputOptions(Options):
     overlay: bool = option(
         False, "write beside each heatmap a JPEG of the image with the heatmap drawn over it, in its own proportions"
     )
+    masks: bool = option(
+        False, "write a PNG of 0 and 255, in the size of the heatmap, of the regions of each image that has any"
+    )
     raw_maps: bool = option(
         False,
         "keep each anomaly map as float32 in the Parquet files: 4 bytes for each input pixel, 0.6 MB an image with "
@@ -96,6 +102,13 @@ class ScoreOptions(Options):
         0.01,
         "fraction of good images that may be called anomalous, 0 to 1; sets the threshold from held-out good images",
         above=0,
+        below=1,
+    )
+    region_rate: float = option(
+        0.0,
+        "fraction of good images in which any region may be found, 0 to 1; sets the threshold of pixels from held-out "
+        "good images; 0: as --false-alarm-rate",
+        minimum=0,
         below=1,
     )
     scoring_batch_size: int = option(
@@ -135,3 +148,8 @@ class ScoreOptions(Options):
         "the driver takes more RAM; a resumed run keeps the value that it began with",
         minimum=1,
     )
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Return the false-alarm rate and the region rate."""
+        return self.false_alarm_rate, self.region_rate or self.false_alarm_rate

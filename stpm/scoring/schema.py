@@ -66,6 +66,17 @@ DECODED = pa.schema(
     [*MANIFEST, *_SIZE, *_STATISTICS, _field("pixels", pa.large_binary(), "uint8 RGB at model size, row by row")]
 )
 
+_REGION = pa.struct(
+    [
+        *(pa.field(name, pa.int32()) for name in ("left", "top", "right", "bottom")),
+        pa.field("area", pa.int64()),
+        pa.field("share", pa.float32()),
+        pa.field("score", pa.float32()),
+        pa.field("peak_x", pa.int32()),
+        pa.field("peak_y", pa.int32()),
+    ]
+)
+
 _SCORE = [
     _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
     _optional("fine_score", pa.float32(), "what the fine view alone has there; null if the map is a product of levels"),
@@ -81,6 +92,19 @@ _SCORE = [
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
     _optional("area", pa.float32(), "fraction of pixels whose anomaly exceeds the threshold, 0 to 1"),
+    _optional(
+        "pixel_threshold",
+        pa.float32(),
+        "value of the anomaly map above which pixels make regions: of good images on average at most the region rate "
+        "or, if n calibration images are too few for it, 1/(n+1) have any",
+    ),
+    _optional("region_count", pa.int32(), "number of regions: connected pixels above the pixel threshold"),
+    _optional(
+        "regions",
+        pa.list_(_REGION),
+        "the 20 largest, the largest first: box (right and bottom exclusive), area and peak in original pixels, share "
+        "of the inspected part, and score, the largest pixel of the anomaly map",
+    ),
     _optional("seed", pa.int32(), "seed of the model's recipe"),
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
 ]
@@ -92,7 +116,11 @@ _HEATMAP_LEVELS = _field(
     "heatmap_levels", pa.large_binary(), "uint8 grey levels at model size without padding, row by row"
 )
 
-SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS])
+_REGION_BITS = _optional(
+    "region_bits", pa.large_binary(), "the bits of the regions' mask, as the heatmap", "if none is to be drawn"
+)
+
+SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS, _REGION_BITS])
 
 OUTPUT = pa.schema(
     [
@@ -104,9 +132,11 @@ OUTPUT = pa.schema(
         _field(
             "overlay", pa.string(), 'JPEG of the image under its heatmap, own proportions, path as above, "" if none'
         ),
+        _field("region_mask", pa.string(), 'PNG of the regions, 0 and 255, size and path as the heatmap, "" if none'),
         *_ERROR,
         _optional("heatmap_png", pa.large_binary(), "the heatmap PNG, if asked for"),
         _optional("overlay_jpeg", pa.large_binary(), "the overlay JPEG, if asked for"),
+        _optional("region_mask_png", pa.large_binary(), "the regions' PNG, if asked for", "if none"),
         _RAW_MAP,
     ]
 )

@@ -28,6 +28,7 @@ class ScoringRun:
         config: all that decides the rows, except the models.
         triage_images: images on the page of the most anomalous ones; 0: no page.
         fdr: false discovery rate; 0: look for no discoveries.
+        coco: whether the anomalous images and their regions are written for tools that label images.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -38,3 +39,4 @@ class ScoringRun:
     triage_images: int = 0
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     fdr: float = 0.0
+    coco: bool = False

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Columns of SCORED that are fields of a result.
-_COPIED = ("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
+_COPIED = (
+    *("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "pixel_threshold"),
+    *("regions", "region_count", "seed", "model_id"),
+)
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
@@ -238,15 +241,17 @@ class Scorer:
             detector = self._detectors.detector(category)
         except ImageError as error:
             return [error] * len(sizes)
-        results = detector.score_inputs(inputs, sizes, self._options.false_alarm_rate, features)
+        results = detector.score_inputs(inputs, sizes, self._options.rates, features)
         return [self._columns(result) for result in results]
 
     def _columns(self, result: Result) -> dict[str, Any]:
         """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
+        drawn = self._output.masks and result.region_count
         return {name: getattr(result, name) for name in _COPIED} | {
             "peak_x": result.peak[0],
             "peak_y": result.peak[1],
             "heatmap_levels": result.heatmap_scale.apply(result.model_map).data.cast("B"),
+            "region_bits": np.packbits(result.model_map > np.float32(result.pixel_threshold)).data if drawn else None,
             "anomaly_map": result.model_map.data.cast("B") if self._output.raw_maps else None,
         }
 
