@@ -246,9 +246,8 @@ class Detector:
             ModelError: if the device's memory does not suffice.
         """
         rates = (false_alarm_rate, region_rate or false_alarm_rate)
-        for name, rate in zip(("false_alarm_rate", "region_rate"), rates, strict=True):
-            if not 0 < rate < 1:
-                raise ConfigError(f"{name} is {rate}; give a number between 0 and 1")
+        if not 0 < min(rates) <= max(rates) < 1:
+            raise ConfigError(f"the rates are {false_alarm_rate} and {region_rate}; give numbers between 0 and 1")
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
@@ -289,10 +288,7 @@ class Detector:
         rates: tuple[float, float],
         features: Sequence[Tensor] = (),
     ) -> list[Result]:
-        """Score one batch of images with these sizes (width, height), given as `distances` has them.
-
-        `rates` are the false-alarm rate and the region rate.
-        """
+        """Score a batch of images with these sizes (width, height), as `distances` has them, at the rates of `score`."""
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
         calibration = self.calibration
@@ -303,7 +299,7 @@ class Detector:
         totals = np.array([total for total, *_ in scores], np.float32)
         p_values = calibration.p_values(totals)
         threshold = np.float32(self.record.threshold(calibration.scores, rates[0]))
-        pixel_threshold = calibration.pixel_threshold(rates[1])
+        pixel_threshold = calibration.pixel_threshold(rates[1] or rates[0])
         results = []
         for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
             sizes, maps, totals, scores, p_values, strict=True
@@ -311,7 +307,7 @@ class Detector:
             values = anomaly_map.total
             y, x = divmod(int(values.argmax()), values.shape[1])
             fine, coarse, *_ = (*of_views, None, None)
-            regions, region_count = find_regions(values, pixel_threshold, preprocessing, width, height)
+            regions, region_count, area = find_regions(values, pixel_threshold, preprocessing, width, height)
             results.append(
                 Result(
                     score=float(total),
@@ -321,10 +317,10 @@ class Detector:
                     is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
-                    area=float((values > threshold).mean()),
                     pixel_threshold=pixel_threshold,
-                    regions=regions,
+                    area=area,
                     region_count=region_count,
+                    regions=regions,
                     size=(width, height),
                     seen=preprocessing.seen_box(width, height),
                     model_map=values,

@@ -17,7 +17,6 @@ from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.method.fusion import Distances, Float32Array, sample_distances
 from stpm.method.memory_bank import MemoryBank
-from stpm.method.regions import largest_pixel
 from stpm.method.scales import (
     DistanceScale,
     HeatmapScale,
@@ -74,7 +73,7 @@ def calibrate(
             content = features.images.content[image : image + 1]
             (anomaly_map,) = detector.anomaly_maps(one, content, next(scales_of))
             scores.append(anomaly_map.score(detector.recipe.top_fraction))
-            max_pixels.append(largest_pixel(anomaly_map.total))
+            max_pixels.append(np.nanmax(anomaly_map.total))
             heatmap_scale.add(anomaly_map.total)
     scales = fit_scales(samples, detector.map_weights) if samples else ()
     by_image, of_pixels = np.array([scores, max_pixels], np.float32)[:, np.argsort(images)]

@@ -130,7 +130,7 @@ class TestSplit:
         # Metrics of pixels are computed from the maps.
         kept = OutputOptions(raw_maps=True)
         config = ScoringConfig(
-            (self.data,), self.options.false_alarm_rate, kept, self.options.rates[1], manifest=digest
+            (self.data,), self.options.false_alarm_rate, kept, self.options.region_rate, manifest=digest
         )
         rows = partial(labelled_rows, tested)
         run = ScoringRun(rows, config, store, self.options, output, cluster=self.cluster)

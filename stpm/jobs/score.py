@@ -58,7 +58,7 @@ def run_score(
             config = ScoringConfig(
                 images=sources,
                 false_alarm_rate=scoring.false_alarm_rate,
-                region_rate=scoring.rates[1],
+                region_rate=scoring.region_rate,
                 output=output,
                 category=collection.category,
                 category_from=collection.category_from,

@@ -17,7 +17,6 @@ from stpm.detector import Detector, load
 from stpm.errors import DataError, ImageError, ModelError, join_first
 from stpm.lease import hold_lease
 from stpm.line.marks import Marks
-from stpm.method.regions import largest_pixel
 from stpm.method.scales import HeatmapScale
 from stpm.models.libraries import installed_versions
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, AddedImage, ModelRecord
@@ -114,7 +113,7 @@ def _score_new(detector: Detector, uris: Sequence[str]) -> tuple[list[_NewImage]
 
     # Of each result, keep a few numbers: a map for each of many images would not fit the memory.
     outcomes = [
-        result.error or (result.score, largest_pixel(result.model_map), (*result.size, *(result.statistics or ())))
+        result.error or (result.score, float(np.nanmax(result.model_map)), (*result.size, *(result.statistics or ())))
         for result in detector.score(new_files())
     ]
     found = []

@@ -182,7 +182,7 @@ def _scoring_run(
         config=ScoringConfig(
             images=job.sources(folder.date),
             false_alarm_rate=job.scoring.false_alarm_rate,
-            region_rate=job.scoring.rates[1],
+            region_rate=job.scoring.region_rate,
             output=replace(job.output, partition_by=partition_by),
             category=job.options.category,
             category_from=job.options.category_from,

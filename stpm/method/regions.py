@@ -41,30 +41,18 @@ class Region(NamedTuple):
     peak_y: int
 
 
-def largest_pixel(anomaly_map: npt.NDArray[np.float32]) -> float:
-    """Return the largest pixel of a map that is not NaN: it has a region above any threshold below this, and no other.
-
-    >>> largest_pixel(np.array([[1, np.nan, 3]], np.float32))
-    3.0
-    """
-    return float(np.fmax.reduce(anomaly_map, axis=None))
-
-
 def find_regions(
     anomaly_map: npt.NDArray[np.float32], threshold: float, preprocessing: Preprocessing, width: int, height: int
-) -> tuple[tuple[Region, ...], int]:
-    """Find where an image of this size is anomalous.
-
-    Args:
-        anomaly_map: of the image's content box; NaN where it is not inspected, which belongs to no region.
-        threshold: pixels with a larger value make regions.
+) -> tuple[tuple[Region, ...], int, float]:
+    """Find the pixels above a threshold in the map of an image of this size; NaN, not inspected, is in no region.
 
     Returns:
-        The largest MAX_REGIONS of its regions by area (of equal ones, the upper first), and how many there are in all.
+        Its MAX_REGIONS largest regions, the largest first, and of equal ones the upper; how many there are in all; the
+        fraction of the inspected pixels that is in them.
     """
     above = anomaly_map > np.float32(threshold)
     if not above.any():
-        return (), 0
+        return (), 0, 0.0
     # Label no more than the box of all regions: an image has few of them.
     rows, columns = (np.flatnonzero(above.any(axis)) for axis in (1, 0))
     x, y = int(columns[0]), int(rows[0])
@@ -94,4 +82,4 @@ def find_regions(
                 *preprocessing.to_original(start_x + peak_x, start_y + peak_y, width, height),
             )
         )
-    return tuple(found), count
+    return tuple(found), count, float(sizes.sum() / inspected)

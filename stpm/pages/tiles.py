@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     """One image: its row of OUTPUT, the scale of its heatmap, and data URIs of one width and height, in pixels.
 
     They are a JPEG of what the model sees, "" if it can no longer be read, and transparent PNGs that lie over it.
-    `boxes` are x, y, width and height of the image's regions in it.
+    The regions are in pixels of the image itself, and so is the box `seen`, of what the model sees.
     """
 
     row: Mapping[str, Any]
@@ -29,7 +29,8 @@ class Tile(NamedTuple):
     heatmap: str = ""
     outline: str = ""
     size: tuple[int, int] = (0, 0)
-    boxes: Sequence[tuple[float, float, float, float]] = ()
+    regions: Sequence[Mapping[str, Any]] = ()
+    seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
 
 def draw_tile(
@@ -53,15 +54,7 @@ def draw_tile(
         outline = data_uri("png", mask_png(np.asarray(resized)))
     heatmap = "" if levels is None else data_uri("png", overlay_png(levels))
     picture = data_uri("jpeg", encode_jpeg(Image.fromarray(pixels)))
-    return Tile(row, scale, picture, heatmap, outline, size, list(_boxes(row, preprocessing, size)))
-
-
-def _boxes(
-    row: Mapping[str, Any], preprocessing: Preprocessing, size: tuple[int, int]
-) -> Iterator[tuple[float, float, float, float]]:
-    """Yield the boxes of an image's regions, if its row was read with them, in a picture of what the model sees."""
-    for region in row.get("regions") or ():
-        left, top, right, bottom = preprocessing.source_box(row["width"], row["height"])
-        across, down = size[0] / (right - left), size[1] / (bottom - top)
-        width, height = region["right"] - region["left"], region["bottom"] - region["top"]
-        yield across * (region["left"] - left), down * (region["top"] - top), across * width, down * height
+    tile = Tile(row, scale, picture, heatmap, outline, size)
+    if not row.get("regions"):
+        return tile
+    return tile._replace(regions=row["regions"], seen=preprocessing.source_box(row["width"], row["height"]))

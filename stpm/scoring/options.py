@@ -106,8 +106,7 @@ class ScoreOptions(Options):
     )
     region_rate: float = option(
         0.0,
-        "fraction of good images in which any region may be found, 0 to 1; sets the threshold of pixels from held-out "
-        "good images; 0: as --false-alarm-rate",
+        "fraction of good images that may have any region, 0 to 1; sets the threshold of pixels; 0: --false-alarm-rate",
         minimum=0,
         below=1,
     )
@@ -148,8 +147,3 @@ class ScoreOptions(Options):
         "the driver takes more RAM; a resumed run keeps the value that it began with",
         minimum=1,
     )
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Return the false-alarm rate and the region rate."""
-        return self.false_alarm_rate, self.region_rate or self.false_alarm_rate

@@ -27,7 +27,7 @@ class ScoringConfig:
     Args:
         images: the sources.
         false_alarm_rate: for the thresholds.
-        region_rate: for those of pixels.
+        region_rate: for those of pixels; 0: the same.
         output: what is written for each image.
         category: of every image, or "".
         category_from: pattern of the images' paths, or "".

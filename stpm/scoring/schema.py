@@ -67,14 +67,8 @@ DECODED = pa.schema(
 )
 
 _REGION = pa.struct(
-    [
-        *(pa.field(name, pa.int32()) for name in ("left", "top", "right", "bottom")),
-        pa.field("area", pa.int64()),
-        pa.field("share", pa.float32()),
-        pa.field("score", pa.float32()),
-        pa.field("peak_x", pa.int32()),
-        pa.field("peak_y", pa.int32()),
-    ]
+    [(name, pa.int32()) for name in ("left", "top", "right", "bottom", "area")]
+    + [("share", pa.float32()), ("score", pa.float32()), ("peak_x", pa.int32()), ("peak_y", pa.int32())]
 )
 
 _SCORE = [
@@ -91,13 +85,8 @@ _SCORE = [
     ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
-    _optional("area", pa.float32(), "fraction of pixels whose anomaly exceeds the threshold, 0 to 1"),
-    _optional(
-        "pixel_threshold",
-        pa.float32(),
-        "value of the anomaly map above which pixels make regions: of good images on average at most the region rate "
-        "or, if n calibration images are too few for it, 1/(n+1) have any",
-    ),
+    _optional("area", pa.float32(), "fraction of the inspected pixels that are in regions, 0 to 1"),
+    _optional("pixel_threshold", pa.float32(), "anomaly above which pixels make regions, for the region rate"),
     _optional("region_count", pa.int32(), "number of regions: connected pixels above the pixel threshold"),
     _optional(
         "regions",

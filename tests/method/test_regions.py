@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter, label
 
 from stpm.method.calibration import Calibration
 from stpm.method.preprocessing import Resize
-from stpm.method.regions import MAX_REGIONS, find_regions, largest_pixel
+from stpm.method.regions import MAX_REGIONS, find_regions
 from stpm.method.scales import HeatmapScale
 from tests.conftest import make_preprocessing
 
@@ -43,7 +43,8 @@ def test_regions_are_those_of_a_flood_fill(
     anomaly_map = rng.integers(2, 4, shape).astype(np.float32) * (rng.random(shape) < density)
     anomaly_map[rng.random(shape) < rng.choice([0, 0.3])] = np.nan
     threshold = float(rng.choice([1, 2]))
-    found, count = find_regions(anomaly_map, threshold, made, width, height)
+    found, count, area = find_regions(anomaly_map, threshold, made, width, height)
+    assert area == pytest.approx((anomaly_map > threshold).sum() / max((~np.isnan(anomaly_map)).sum(), 1))
     assert count == label(anomaly_map > threshold, np.ones((3, 3)))[1]
     left, top, right, bottom = made.source_box(width, height)
     across, down = (right - left) / shape[1], (bottom - top) / shape[0]
@@ -76,7 +77,7 @@ def test_of_good_images_the_region_rate_has_any_region(rate: float, expected: in
     maps = gaussian_filter(rng.standard_normal((20, 12, 12)), (0, 1.5, 1.5)).astype(np.float32)
     # Each is not inspected in a part of its own.
     maps[rng.random(maps.shape) < 0.1] = np.nan
-    largest = np.array([largest_pixel(each) for each in maps], np.float32)
+    largest = np.nanmax(maps, axis=(1, 2))
     alarms = 0
     for i, new in enumerate(maps):
         calibration = Calibration(np.zeros(19, np.float32), HeatmapScale(0.0, 1.0), np.sort(np.delete(largest, i)))

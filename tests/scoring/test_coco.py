@@ -38,7 +38,7 @@ def test_the_alarms_are_images_and_their_regions_annotations(tmp_path: Path) -> 
     text = (tmp_path / "alarms.coco.json").read_text()
     found = json.loads(text)
     # A line each, of ASCII alone.
-    assert len(text.splitlines()) == 1 + 2 + 3 + 3
+    assert len(text.splitlines()) == 4 + 2 + 3 + 3
     assert found.pop("info").keys() == {"description"}
     same = {"segmentation": [], "iscrowd": 0}
     assert found == {

@@ -280,16 +280,16 @@ def test_boxes_lie_over_the_regions_of_the_part_that_is_shown(browser: Any, tmp_
     write_triage(output, scan_rows(output, 1), 1, {"nut": cropped})
     tab, messages = open_tab(browser, (tmp_path / "triage.html").as_uri())
     assert "21, the largest 6 % of the image" in tab.locator("dd").all_text_contents()
-    box, picture = (tab.locator(name).first.bounding_box() for name in (".region", ".pair svg"))
+    box, picture = (tab.locator(name).first.bounding_box() for name in (".regions rect", ".pair svg"))
     shown = [box["x"] - picture["x"], box["y"] - picture["y"], box["width"], box["height"]]
     expected = [picture["width"] * part for part in (50 / 200, 50 / 200, 60 / 200, 40 / 200)]
     # The line is two pixels wide.
     assert shown == pytest.approx(expected, abs=2.5)
     tab.keyboard.press("b")
-    assert not tab.locator(".region").first.is_visible()
+    assert not tab.locator(".regions rect").first.is_visible()
     inside = np.asarray(Image.open(io.BytesIO(tab.screenshot(clip=box))).convert("L"))
     assert np.mean(inside[3:-3, 3:-3] > 240) > 0.99
     tab.keyboard.press("b")
-    assert tab.locator(".region").first.is_visible()
+    assert tab.locator(".regions rect").first.is_visible()
     assert messages == []
     tab.close()

@@ -241,7 +241,8 @@ class Scorer:
             detector = self._detectors.detector(category)
         except ImageError as error:
             return [error] * len(sizes)
-        results = detector.score_inputs(inputs, sizes, self._options.rates, features)
+        rates = self._options.false_alarm_rate, self._options.region_rate
+        results = detector.score_inputs(inputs, sizes, rates, features)
         return [self._columns(result) for result in results]
 
     def _columns(self, result: Result) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_regions_are_those_of_the_map_and_masks_are_drawn_of_images_that_have_an
         largest = np.sort(store.calibration_scores(store.record(row["category"]))["max_pixel"].to_numpy())
         raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
         assert row["pixel_threshold"] == threshold(largest, 0.5)
-        regions, count = find_regions(raw, row["pixel_threshold"], PREPROCESSING["nut"], 40, 48)
+        regions, count, _ = find_regions(raw, row["pixel_threshold"], PREPROCESSING["nut"], 40, 48)
         assert (row["region_count"], row["regions"]) == (count, [pytest.approx(each._asdict()) for each in regions])
         assert bool(row["region_mask"]) == bool(png) == (count > 0)
         if count:

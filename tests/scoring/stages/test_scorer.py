@@ -52,7 +52,7 @@ def test_each_row_of_a_mixed_batch_has_the_score_of_its_own_model(run: Path) -> 
         assert views == pytest.approx(expected.scores(recipe.top_fraction)[1:], rel=1e-3, abs=1e-3)
         assert row["model_id"] == detector.record.model_id
         assert row["is_anomalous"] == (row["score"] > row["threshold"])
-        assert row["area"] == pytest.approx((actual > np.float32(row["threshold"])).mean())
+        assert row["area"] == pytest.approx((actual > np.float32(row["pixel_threshold"])).mean())
         y, x = np.unravel_index(actual.argmax(), actual.shape)
         assert (row["peak_x"], row["peak_y"]) == (int((x + 0.5) * 40 / 64), int((y + 0.5) * 48 / 64))
 
