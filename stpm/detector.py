@@ -288,7 +288,7 @@ class Detector:
         rates: tuple[float, float],
         features: Sequence[Tensor] = (),
     ) -> list[Result]:
-        """Score a batch of images with these sizes (width, height), as `distances` has them, at the rates of `score`."""
+        """Score a batch of images of these sizes (width, height), as `distances` has them, at the rates of `score`."""
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
         calibration = self.calibration

@@ -105,9 +105,7 @@ _HEATMAP_LEVELS = _field(
     "heatmap_levels", pa.large_binary(), "uint8 grey levels at model size without padding, row by row"
 )
 
-_REGION_BITS = _optional(
-    "region_bits", pa.large_binary(), "the bits of the regions' mask, as the heatmap", "if none is to be drawn"
-)
+_REGION_BITS = _optional("region_bits", pa.large_binary(), "mask of the regions, a bit a pixel", "if none is drawn")
 
 SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS, _REGION_BITS])
 

@@ -58,11 +58,3 @@ def test_the_alarms_are_images_and_their_regions_annotations(tmp_path: Path) -> 
             {"id": 3, "image_id": 2, "category_id": 2, "bbox": [0, 0, 8, 9], "area": 70, "score": 2.25, **same},
         ],
     }
-
-
-def test_a_run_without_alarms_has_an_empty_list_of_each(tmp_path: Path) -> None:
-    output = RunOutput.single(str(tmp_path))
-    write_rows(output, make_output(2, is_anomalous=[False, None]))
-    write_coco(output)
-    found = json.loads((tmp_path / "alarms.coco.json").read_text())
-    assert [found[name] for name in ("categories", "images", "annotations")] == [[], [], []]
