@@ -225,7 +225,7 @@ class Detector:
         self, images: Iterable[Picture], *, false_alarm_rate: float = ..., region_rate: float = ...
     ) -> Iterator[Result]: ...
     def score(
-        self, images: Picture | Iterable[Picture], *, false_alarm_rate: float = 0.01, region_rate: float = 0.0
+        self, images: Picture | Iterable[Picture], *, false_alarm_rate: float = 0.01, region_rate: float = 0.1
     ) -> Result | Iterator[Result]:
         """Score one image, or many one after the other, of which a few are in memory at a time.
 
@@ -234,7 +234,7 @@ class Detector:
                 many of them.
             false_alarm_rate: fraction of good images to call anomalous at most, in (0, 1). n calibration images support
                 no rate below 1/(n+1). Where a person decided the threshold, the rate does not change it.
-            region_rate: fraction of good images to find regions in at most, likewise; 0: as `false_alarm_rate`.
+            region_rate: fraction of good images to find any region in at most, likewise; it decides no alarm.
 
         Returns:
             The image's result; of many, an iterator over their results, in which an image that cannot be scored is a
@@ -245,7 +245,7 @@ class Detector:
             ConfigError: if a rate is not in (0, 1).
             ModelError: if the device's memory does not suffice.
         """
-        rates = (false_alarm_rate, region_rate or false_alarm_rate)
+        rates = (false_alarm_rate, region_rate)
         if not 0 < min(rates) <= max(rates) < 1:
             raise ConfigError(f"the rates are {false_alarm_rate} and {region_rate}; give numbers between 0 and 1")
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
@@ -299,7 +299,7 @@ class Detector:
         totals = np.array([total for total, *_ in scores], np.float32)
         p_values = calibration.p_values(totals)
         threshold = np.float32(self.record.threshold(calibration.scores, rates[0]))
-        pixel_threshold = calibration.pixel_threshold(rates[1] or rates[0])
+        pixel_threshold = calibration.pixel_threshold(rates[1])
         results = []
         for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
             sizes, maps, totals, scores, p_values, strict=True

@@ -105,9 +105,9 @@ class ScoreOptions(Options):
         below=1,
     )
     region_rate: float = option(
-        0.0,
-        "fraction of good images that may have any region, 0 to 1; sets the threshold of pixels; 0: --false-alarm-rate",
-        minimum=0,
+        0.1,
+        "fraction of good images that may have any region, 0 to 1; sets the threshold of pixels, and decides no alarm",
+        above=0,
         below=1,
     )
     scoring_batch_size: int = option(
