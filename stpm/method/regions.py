@@ -1,7 +1,7 @@
 """Regions of an image: connected pixels of its anomaly map above a threshold of their own.
 
-An image has one if its largest pixel is above the threshold. A smallest size, calibrated likewise (a square of 4, 8 or 16
-pixels), finds more defects of one product and fewer of another.
+An image has one if its largest pixel is above the threshold. A smallest size, calibrated likewise (a square of 4, 8 or
+16 pixels), finds more defects of one product and fewer of another.
 """
 
 from __future__ import annotations
