@@ -61,7 +61,6 @@ def find_regions(
     rows, columns = (np.flatnonzero(above.any(axis)) for axis in (1, 0))
     x, y = int(columns[0]), int(rows[0])
     part = np.s_[y : rows[-1] + 1, x : columns[-1] + 1]
-    values = anomaly_map[part]
     labels, count = label(above[part], _NEIGHBOURS)
     sizes, boxes = np.bincount(labels.ravel())[1:], find_objects(labels)
     inspected = np.count_nonzero(~np.isnan(anomaly_map))
@@ -70,7 +69,7 @@ def find_regions(
     found = []
     for index in np.argsort(-sizes, kind="stable")[:MAX_REGIONS].tolist():
         down_slice, across_slice = boxes[index]
-        inside = np.where(labels[boxes[index]] == index + 1, values[boxes[index]], -np.inf)
+        inside = np.where(labels[boxes[index]] == index + 1, anomaly_map[part][boxes[index]], -np.inf)
         peak_y, peak_x = divmod(int(inside.argmax()), inside.shape[1])
         start_x, start_y = x + across_slice.start, y + down_slice.start
         size = int(sizes[index])

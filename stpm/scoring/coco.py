@@ -32,17 +32,9 @@ def write_coco(output: RunOutput) -> None:
         images.append(json.dumps(image))
         for region in row["regions"]:
             left, top, right, bottom = (region[name] for name in ("left", "top", "right", "bottom"))
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": len(images),
-                "category_id": numbers[row["category"]],
-                "bbox": [left, top, right - left, bottom - top],
-                "area": region["area"],
-                "segmentation": [],
-                "iscrowd": 0,
-                "score": region["score"],
-            }
-            annotations.append(json.dumps(annotation))
+            ids = {"id": len(annotations) + 1, "image_id": len(images), "category_id": numbers[row["category"]]}
+            box = {"bbox": [left, top, right - left, bottom - top], "area": region["area"], "score": region["score"]}
+            annotations.append(json.dumps(ids | box | {"segmentation": [], "iscrowd": 0}))
     lists = {"categories": categories, "images": images, "annotations": annotations}
     text = ",\n".join(f'"{name}": [\n' + ",\n".join(lines) + "]" for name, lines in lists.items())
     info = json.dumps({"description": "anomalous images and their regions, by stpm"})

@@ -88,12 +88,7 @@ _SCORE = [
     _optional("area", pa.float32(), "fraction of the inspected pixels that are in regions, 0 to 1"),
     _optional("pixel_threshold", pa.float32(), "anomaly above which pixels make regions, for the region rate"),
     _optional("region_count", pa.int32(), "number of regions: connected pixels above the pixel threshold"),
-    _optional(
-        "regions",
-        pa.list_(_REGION),
-        "the 20 largest, the largest first: box (right and bottom exclusive), area and peak in original pixels, share "
-        "of the inspected part, and score, the largest pixel of the anomaly map",
-    ),
+    _optional("regions", pa.list_(_REGION), "the 20 largest, largest first; boxes, areas and peaks in original pixels"),
     _optional("seed", pa.int32(), "seed of the model's recipe"),
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
 ]

@@ -28,6 +28,8 @@ from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
 _WRITERS = 8
+# Of the files of pictures, in the order of `Pictures`.
+_SUFFIXES: tuple[PictureSuffix, ...] = (".png", "_overlay.jpg", "_regions.png")
 # Columns that are too large to copy: they are drawn from Arrow's memory, or passed on.
 _BINARY = ("heatmap_levels", "region_bits", "pixels", "anomaly_map")
 # Characters that stay of a name that is too long: each may take 12 bytes.
@@ -41,9 +43,9 @@ class Pictures(NamedTuple):
 
     heatmap: str = ""
     overlay: str = ""
+    region_mask: str = ""
     heatmap_png: bytes | None = None
     overlay_jpeg: bytes | None = None
-    region_mask: str = ""
     region_mask_png: bytes | None = None
 
 
@@ -88,14 +90,10 @@ class DrawHeatmaps:
         heatmaps = self._options.heatmaps
         is_wanted = heatmaps == "all" or (heatmaps == "anomalous" and row["is_anomalous"])
         heatmap, overlaid = self._draw(row) if is_wanted and row["heatmap_levels"] else (None, None)
-        mask = None if row["region_bits"] is None else self._draw_mask(row)
+        pictures = heatmap, overlaid, None if row["region_bits"] is None else self._draw_mask(row)
         if self._options.heatmaps_in == "parquet":
-            return Pictures(heatmap_png=heatmap, overlay_jpeg=overlaid, region_mask_png=mask)
-        return Pictures(
-            heatmap=self._write(row, ".png", heatmap),
-            overlay=self._write(row, "_overlay.jpg", overlaid),
-            region_mask=self._write(row, "_regions.png", mask),
-        )
+            return Pictures("", "", "", *pictures)
+        return Pictures(*(self._write(row, suffix, each) for suffix, each in zip(_SUFFIXES, pictures, strict=True)))
 
     def _draw_mask(self, row: Mapping[str, Any]) -> bytes:
         shape = self._preprocessing[row["category"]].content_shape(row["width"], row["height"])
