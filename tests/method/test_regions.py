@@ -65,9 +65,9 @@ def test_regions_are_those_of_a_flood_fill(
             )
         )
     assert list(map(tuple, found)) == expected[:MAX_REGIONS]
-    for region in found:
-        assert 0 <= region.left <= region.peak_x < region.right <= width
-        assert 0 <= region.top <= region.peak_y < region.bottom <= height
+    assert all(
+        0 <= r.left <= r.peak_x < r.right <= width and 0 <= r.top <= r.peak_y < r.bottom <= height for r in found
+    )
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.02, 1), (0.1, 2), (0.35, 7)])

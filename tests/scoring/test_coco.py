@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from stpm.scoring.coco import write_coco
 from stpm.scoring.output import RunOutput
 from tests.datasets import make_output, write_rows
 
 
-def region(left: int, top: int, right: int, bottom: int, area: int, score: float) -> dict[str, Any]:
-    box = {"left": left, "top": top, "right": right, "bottom": bottom}
-    return box | {"area": area, "share": 0.5, "score": score, "peak_x": left, "peak_y": top}
+def region(*values: float) -> dict[str, float]:
+    return dict(zip(("left", "top", "right", "bottom", "area", "score"), values, strict=True))
 
 
 def test_the_alarms_are_images_and_their_regions_annotations(tmp_path: Path) -> None:
@@ -43,10 +41,7 @@ def test_the_alarms_are_images_and_their_regions_annotations(tmp_path: Path) -> 
     same = {"segmentation": [], "iscrowd": 0}
     assert found == {
         "licenses": [],
-        "categories": [
-            {"id": 1, "name": "bolt", "supercategory": "defect"},
-            {"id": 2, "name": "pill", "supercategory": "defect"},
-        ],
+        "categories": [{"id": i, "name": name, "supercategory": "defect"} for i, name in ((1, "bolt"), (2, "pill"))],
         "images": [
             {"id": 1, "file_name": "s3://x/a.tar#c.png", "width": 800, "height": 600},
             {"id": 2, "file_name": "s3://x/b.png", "width": 800, "height": 600},
