@@ -93,7 +93,8 @@ class DrawHeatmaps:
         pictures = heatmap, overlaid, None if row["region_bits"] is None else self._draw_mask(row)
         if self._options.heatmaps_in == "parquet":
             return Pictures("", "", "", *pictures)
-        return Pictures(*(self._write(row, suffix, each) for suffix, each in zip(_SUFFIXES, pictures, strict=True)))
+        paths = [self._write(row, suffix, each) for suffix, each in zip(_SUFFIXES, pictures, strict=True)]
+        return Pictures(paths[0], paths[1], paths[2])
 
     def _draw_mask(self, row: Mapping[str, Any]) -> bytes:
         shape = self._preprocessing[row["category"]].content_shape(row["width"], row["height"])
