@@ -247,7 +247,7 @@ class Detector:
         """
         rates = (false_alarm_rate, region_rate)
         if not 0 < min(rates) <= max(rates) < 1:
-            raise ConfigError(f"the rates are {false_alarm_rate} and {region_rate}; give numbers between 0 and 1")
+            raise ConfigError(f"false_alarm_rate is {rates[0]}, region_rate {rates[1]}; give numbers between 0 and 1")
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
