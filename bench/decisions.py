@@ -94,7 +94,7 @@ class Bench:
             if way == "folds":
                 folds = map(np.sort, np.array_split(shuffled, min(_FOLDS, count)))
                 parts = ((candidates.banks_without(fold), fold) for fold in folds)
-            scores, _, scales = calibrate(detector, self.features, parts, held_out)
+            scores, _, scales, _ = calibrate(detector, self.features, parts, held_out)
             detector = dataclasses.replace(detector, distance_scales=scales)
             found[way] = {
                 "calibration": np.sort(scores).tolist(),

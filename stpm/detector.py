@@ -44,6 +44,7 @@ from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Precision, Recipe
+from stpm.method.regions import find_regions
 from stpm.method.roi import Roi
 from stpm.method.scales import DistanceScale, Floats
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
@@ -228,11 +229,13 @@ class Detector:
         return memory + (self.student.nbytes if self.student else 0)
 
     @overload
-    def score(self, images: Picture, *, false_alarm_rate: float = ...) -> Result: ...  # type: ignore[overload-overlap]
+    def score(self, images: Picture, *, false_alarm_rate: float = ..., region_rate: float = ...) -> Result: ...  # type: ignore[overload-overlap]
     @overload
-    def score(self, images: Iterable[Picture], *, false_alarm_rate: float = ...) -> Iterator[Result]: ...
     def score(
-        self, images: Picture | Iterable[Picture], *, false_alarm_rate: float = 0.01
+        self, images: Iterable[Picture], *, false_alarm_rate: float = ..., region_rate: float = ...
+    ) -> Iterator[Result]: ...
+    def score(
+        self, images: Picture | Iterable[Picture], *, false_alarm_rate: float = 0.01, region_rate: float = 0.1
     ) -> Result | Iterator[Result]:
         """Score one image, or many one after the other, of which a few are in memory at a time.
 
@@ -241,6 +244,7 @@ class Detector:
                 many of them.
             false_alarm_rate: fraction of good images to call anomalous at most, in (0, 1). n calibration images support
                 no rate below 1/(n+1). Where a person decided the threshold, the rate does not change it.
+            region_rate: fraction of good images to find any region in at most, likewise; it decides no alarm.
 
         Returns:
             The image's result; of many, an iterator over their results, in which an image that cannot be scored is a
@@ -248,21 +252,22 @@ class Detector:
 
         Raises:
             ImageError: if one image cannot be read or decoded.
-            ConfigError: if the rate is not in (0, 1).
+            ConfigError: if a rate is not in (0, 1).
             ModelError: if the device's memory does not suffice.
         """
-        if not 0 < false_alarm_rate < 1:
-            raise ConfigError(f"false_alarm_rate is {false_alarm_rate}; give a number between 0 and 1")
+        rates = (false_alarm_rate, region_rate)
+        if not 0 < min(rates) <= max(rates) < 1:
+            raise ConfigError(f"false_alarm_rate is {rates[0]}, region_rate {rates[1]}; give numbers between 0 and 1")
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
-            (result,) = self._score_each([images], false_alarm_rate)
+            (result,) = self._score_each([images], rates)
             if result.error:
                 raise result.error
             return result
-        return self._score_each(images, false_alarm_rate)
+        return self._score_each(images, rates)
 
-    def _score_each(self, images: Iterable[Picture], false_alarm_rate: float) -> Iterator[Result]:
+    def _score_each(self, images: Iterable[Picture], rates: tuple[float, float]) -> Iterator[Result]:
         remaining = iter(images)
         while batch := list(islice(remaining, self.teacher.preprocessing.batch_size)):
             outcomes = [self._decode(image) for image in batch]
@@ -273,7 +278,7 @@ class Detector:
                 with _no_memory_as_model_error(), torch.inference_mode():
                     inputs = self.teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
                     inspected = [each.inspected for each in decoded]
-                    scored = iter(self.score_inputs(inputs, sizes, false_alarm_rate, inspected=inspected))
+                    scored = iter(self.score_inputs(inputs, sizes, rates, inspected=inspected))
             for image, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, ImageError):
                     yield Result(picture=image, error=outcome)
@@ -291,11 +296,11 @@ class Detector:
         self,
         inputs: Inputs,
         sizes: Sequence[tuple[int, int]],
-        false_alarm_rate: float,
+        rates: tuple[float, float],
         features: Sequence[Tensor] = (),
         inspected: Sequence[bytes] = (),
     ) -> list[Result]:
-        """Score one batch of images with these sizes (width, height), given as `distances` has them.
+        """Score a batch of images of these sizes (width, height), as `distances` has them, at the rates of `score`.
 
         `inspected` is as in `stpm.method.preprocessing.Content`.
         """
@@ -308,13 +313,16 @@ class Detector:
         scores = [each.scores(self.recipe.top_fraction) for each in maps]
         totals = np.array([total for total, *_ in scores], np.float32)
         p_values = calibration.p_values(totals)
-        threshold = np.float32(self.record.threshold(calibration.scores, false_alarm_rate))
+        threshold = np.float32(self.record.threshold(calibration.scores, rates[0]))
+        pixel_threshold = calibration.pixel_threshold(rates[1])
         results = []
         for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
             sizes, maps, totals, scores, p_values, strict=True
         ):
             y, x = anomaly_map.peak
             fine, coarse, *_ = (*of_views, None, None)
+            found = find_regions(anomaly_map.total, pixel_threshold, preprocessing, width, height)
+            regions, region_count, area = found
             results.append(
                 Result(
                     score=float(total),
@@ -324,7 +332,10 @@ class Detector:
                     is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
-                    area=float((anomaly_map.values > threshold).mean()),
+                    pixel_threshold=pixel_threshold,
+                    area=area,
+                    region_count=region_count,
+                    regions=regions,
                     size=(width, height),
                     seen=preprocessing.seen_box(width, height),
                     model_map=anomaly_map.total,

@@ -14,6 +14,7 @@ from stpm.data.heatmaps import coloured, overlay, resize_map
 from stpm.data.image_statistics import ImageStatistics
 from stpm.data.pictures import Picture
 from stpm.errors import ImageError
+from stpm.method.regions import Region
 from stpm.method.scales import HeatmapScale
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class Result:
         is_anomalous: score > threshold.
         threshold: score above which an image is called anomalous. NaN with an error.
         peak: column and row of the anomaly map's maximum, pixels of the image itself.
-        area: fraction of pixels whose anomaly exceeds the threshold, 0 to 1.
+        pixel_threshold: value of the map above which pixels make regions. NaN with an error.
+        area: fraction of the inspected pixels that are in regions, 0 to 1.
+        region_count: how many there are; `regions` are the largest, `stpm.method.regions.MAX_REGIONS` at most.
         size: width and height of the image itself, pixels.
         seen: left, top, right and bottom of the part of the image that the model sees, pixels of the image itself.
         model_map: (h, w) float32, the anomaly map of that part at model size, as the jobs store it.
@@ -49,7 +52,10 @@ class Result:
     is_anomalous: bool = False
     threshold: float = _NAN
     peak: tuple[int, int] = (-1, -1)
+    pixel_threshold: float = _NAN
     area: float = _NAN
+    region_count: int = 0
+    regions: tuple[Region, ...] = field(default=(), repr=False)
     size: tuple[int, int] = (0, 0)
     seen: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), repr=False)
     model_map: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32), repr=False)

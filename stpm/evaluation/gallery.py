@@ -18,7 +18,7 @@ from stpm.pages.tiles import Tile, draw_tile
 _LARGEST, _MAX_TILES = 8, 60
 # Pixels of a picture's longer side.
 _SIZE = 192
-_SCORES = ("score", "fine_score", "coarse_score", "threshold", "is_anomalous")
+_SCORES = ("score", "fine_score", "coarse_score", "threshold", "is_anomalous", "regions")
 _COLUMNS = (*MASK_COLUMNS, "archive_start", "archive_length", "roi", *_SCORES, "heatmap", "heatmap_png")
 
 Row = dict[str, Any]

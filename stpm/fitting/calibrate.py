@@ -33,7 +33,7 @@ def calibrate(
     features: TeacherFeatures,
     parts: Iterable[tuple[Sequence[MemoryBank], Indices]],
     held_out: Indices,
-) -> tuple[Float32Array, HeatmapScale, tuple[DistanceScale, ...]]:
+) -> tuple[Float32Array, HeatmapScale, tuple[DistanceScale, ...], Float32Array]:
     """Measure scores, heatmap scale and distance scales on good images that a detector was not fitted on.
 
     Args:
@@ -47,7 +47,7 @@ def calibrate(
 
     Returns:
         The (n,) scores of the images, by ascending index; the model's heatmap scale; the scales as in
-        `Detector.distance_scales`.
+        `Detector.distance_scales`; the (n,) largest pixels of the images' maps, as the scores.
     """
     compared = _compare(detector, features, parts)
     images = np.concatenate([each.images for each in compared])
@@ -60,7 +60,7 @@ def calibrate(
     scales_of: Iterator[tuple[DistanceScale, ...]] = repeat(())
     if samples:
         scales_of = iter(leave_one_out_scales(samples, detector.map_weights))
-    scores = []
+    scores, max_pixels = [], []
     for each in compared:
         distances = (each.kept or each.compute()).to(detector.teacher.device)
         for i, image in enumerate(each.images):
@@ -72,9 +72,11 @@ def calibrate(
             content = features.images.content[image : image + 1]
             (anomaly_map,) = detector.anomaly_maps(one, content, next(scales_of))
             scores.append(anomaly_map.score(detector.recipe.top_fraction))
+            max_pixels.append(anomaly_map.values.max())
             heatmap_scale.add(anomaly_map.values)
     scales = fit_scales(samples, detector.map_weights) if samples else ()
-    return np.array(scores, np.float32)[np.argsort(images)], heatmap_scale.build(), scales
+    by_image, of_pixels = np.array([scores, max_pixels], np.float32)[:, np.argsort(images)]
+    return by_image, heatmap_scale.build(), scales, of_pixels
 
 
 @dataclass(frozen=True)

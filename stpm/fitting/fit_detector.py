@@ -89,7 +89,7 @@ def fit_detector(
     memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
     trained = train_student(features, train, held_out, recipe, report, checkpoint)
     detector = dataclasses.replace(Detector.assemble(teacher, recipe, trained.student, memory), roi=roi)
-    scores, heatmap_scale, distance_scales = calibrate(detector, features, parts, held_out)
+    scores, heatmap_scale, distance_scales, max_pixels = calibrate(detector, features, parts, held_out)
     calibrating = np.sort(np.concatenate([part for _, part in parts]))
     suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
     if suspicious:
@@ -101,7 +101,7 @@ def fit_detector(
     files = encode_model(
         trained.student,
         memory,
-        pa.table({"score": scores, "is_added": np.zeros(len(scores), bool)}),
+        pa.table({"score": scores, "max_pixel": max_pixels, "is_added": np.zeros(len(scores), bool)}),
         features.images.statistics_table,
         history,
     )
@@ -139,7 +139,7 @@ def fit_detector(
     return dataclasses.replace(
         detector,
         distance_scales=distance_scales,
-        calibration=Calibration(np.sort(scores), heatmap_scale),
+        calibration=Calibration(np.sort(scores), heatmap_scale, np.sort(max_pixels)),
         model_record=record,
         publish=publish,
         read_history=lambda: history,

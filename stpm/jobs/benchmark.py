@@ -136,7 +136,9 @@ class TestSplit:
         digest = storage.digest(repr([category.test for category in tested]).encode())
         # Metrics of pixels are computed from the maps.
         kept = OutputOptions(raw_maps=True)
-        config = ScoringConfig((self.data,), self.options.false_alarm_rate, kept, manifest=digest)
+        config = ScoringConfig(
+            (self.data,), self.options.false_alarm_rate, kept, self.options.region_rate, manifest=digest
+        )
         rows = partial(labelled_rows, tested)
         run = ScoringRun(rows, config, store, self.options, output, cluster=self.cluster)
         result, _ = run_scoring(run, replace=True)

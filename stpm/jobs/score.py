@@ -53,6 +53,7 @@ def run_score(
                 config=ScoringConfig(
                     images=sources,
                     false_alarm_rate=scoring.false_alarm_rate,
+                    region_rate=scoring.region_rate,
                     output=output,
                     category=collection.category,
                     category_from=collection.category_from,
@@ -63,6 +64,7 @@ def run_score(
                 output=RunOutput.single(folder, fence),
                 triage_images=collection.top,
                 cluster=cluster,
+                coco=collection.coco,
             )
             with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
                 result, models = run_scoring(run, start_over=collection.fresh)

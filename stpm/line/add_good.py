@@ -113,7 +113,7 @@ def _score_new(detector: Detector, uris: Sequence[str]) -> tuple[list[_NewImage]
 
     # Of each result, keep a few numbers: a map for each of many images would not fit the memory.
     outcomes = [
-        result.error or (result.score, float(result.model_map.max()), (*result.size, *(result.statistics or ())))
+        result.error or (result.score, float(np.nanmax(result.model_map)), (*result.size, *(result.statistics or ())))
         for result in detector.score(new_files())
     ]
     found = []
@@ -143,8 +143,8 @@ def _recalibrate(store: ModelStore, record: ModelRecord, new: Sequence[_NewImage
     """
     category, versions = record.category, store.versions(record.category)
     before, statistics = store.calibration_scores(record), store.image_statistics(record)
-    scores = pa.table({"score": [image.score for image in new], "is_added": [True] * len(new)}, before.schema)
-    after = pa.concat_tables([before, scores]).sort_by("score")
+    values = [{"score": image.score, "max_pixel": image.peak, "is_added": True} for image in new]
+    after = pa.concat_tables([before, pa.Table.from_pylist(values, before.schema)]).sort_by("score")
     columns = np.array([image.statistics for image in new], np.float32).T
     added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
     files = store.read_files(record) | {

@@ -173,7 +173,8 @@ def _load_reference(store: ModelStore, category: str, model_id: str) -> Referenc
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
-        scores, is_added = (column.to_numpy() for column in store.calibration_scores(record).columns)
+        calibration = store.calibration_scores(record)
+        scores, is_added = (calibration[name].to_numpy() for name in ("score", "is_added"))
     except ModelDamagedError as error:
         return f"its model cannot be read: {error}"
     statistics = {name: table[name].to_numpy() for name in table.column_names}

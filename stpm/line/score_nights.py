@@ -165,6 +165,7 @@ def _scoring_run(
         config=ScoringConfig(
             images=job.sources(folder.date),
             false_alarm_rate=job.scoring.false_alarm_rate,
+            region_rate=job.scoring.region_rate,
             output=job.output,
             category=job.options.category,
             category_from=job.options.category_from,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 class Calibration:
     """The scores of a model's n calibration images, ascending float32, and its heatmap scale.
 
+    `max_pixels` are the largest pixels of their anomaly maps, ascending; p-values need none.
+
     >>> calibration = Calibration(np.array([1, 2, 3, 4], np.float32), HeatmapScale(0.0, 1.0))
     >>> calibration.p_values(np.array([0.5, 2.5, 9.0], np.float32))
     array([1. , 0.6, 0.2], dtype=float32)
@@ -28,6 +30,7 @@ class Calibration:
 
     scores: npt.NDArray[np.float32]
     scale: HeatmapScale
+    max_pixels: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def p_values(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Compute the conformal p-value of each score: p = (1 + #{calibration scores ≥ s}) / (n + 1), in (0, 1].
@@ -37,6 +40,10 @@ class Calibration:
         n = len(self.scores)
         at_least = n - np.searchsorted(self.scores, scores, side="left")
         return ((1 + at_least) / (n + 1)).astype(np.float32)
+
+    def pixel_threshold(self, region_rate: float) -> float:
+        """Return the value above which at most this fraction of good images has a pixel; see `threshold`."""
+        return threshold(self.max_pixels, region_rate)
 
 
 def threshold(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:

@@ -141,7 +141,7 @@ class ModelRecord:
     files: dict[str, StoredFile] = field(default_factory=dict)
     library_versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=timestamp)
-    format: Literal[9] = 9
+    format: Literal[10] = 10
 
     @property
     def good_count(self) -> int:

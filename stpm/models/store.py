@@ -5,7 +5,8 @@
                                                      of those after it; written last of all
 <store>/<category>/<model id>/student.safetensors    if the recipe has a student
 <store>/<category>/<model id>/memory.safetensors     if the recipe has a memory
-<store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending, and
+<store>/<category>/<model id>/calibration.parquet    columns `score`: float32, ascending;
+                                                     `max_pixel`: float32, largest of the image's anomaly map;
                                                      `is_added`: of an image that was marked as good
 <store>/<category>/<model id>/image_statistics.parquet  a row per good image: stpm.data.image_statistics.COMPARED
 <store>/<category>/<model id>/fit.html               the good images, those unlike all others first
@@ -242,7 +243,7 @@ class ModelStore:
         return f"stpm models --models {shlex.quote(self.uri)}"
 
     def calibration_scores(self, record: ModelRecord) -> pa.Table:
-        """Read the scores that calibrate a model, ascending, in the columns `score` and `is_added`."""
+        """Read what calibrates a model, by ascending score, in the columns `score`, `max_pixel` and `is_added`."""
         return self._table(record, CALIBRATION)
 
     def record(self, category: str, model_id: str = "") -> ModelRecord:
@@ -299,10 +300,11 @@ class ModelStore:
         from stpm.method.memory_bank import banks_from_tensors
 
         record = self.record(category, model_id)
-        scores = self.calibration_scores(record).column("score").to_numpy().astype(np.float32)
+        scores, max_pixels = self.calibration_scores(record).select(["score", "max_pixel"]).columns
         student = self._tensors(record, STUDENT) if STUDENT in record.files else None
         memory = banks_from_tensors(self._tensors(record, MEMORY)) if MEMORY in record.files else ()
-        return Model(record, student, memory, Calibration(scores, record.heatmap_scale))
+        calibration = Calibration(scores.to_numpy(), record.heatmap_scale, np.sort(max_pixels.to_numpy()))
+        return Model(record, student, memory, calibration)
 
     def image_statistics(self, record: ModelRecord) -> pa.Table:
         """Read the statistics of the good images of a model, a row each, as `encode_model` got them."""

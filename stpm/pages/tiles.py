@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     """One image: its row of OUTPUT, the scale of its heatmap, and data URIs of one width and height, in pixels.
 
     They are a JPEG of what the model sees, "" if it can no longer be read, and transparent PNGs that lie over it.
+    The regions are in pixels of the image itself, and so is the box `seen`, of what the model sees.
     """
 
     row: Mapping[str, Any]
@@ -28,6 +29,8 @@ class Tile(NamedTuple):
     heatmap: str = ""
     outline: str = ""
     size: tuple[int, int] = (0, 0)
+    regions: Sequence[Mapping[str, Any]] = ()
+    seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
 
 def draw_tile(
@@ -50,4 +53,8 @@ def draw_tile(
         resized = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
         outline = data_uri("png", mask_png(np.asarray(resized)))
     heatmap = "" if levels is None else data_uri("png", overlay_png(levels))
-    return Tile(row, scale, data_uri("jpeg", encode_jpeg(Image.fromarray(pixels))), heatmap, outline, size)
+    picture = data_uri("jpeg", encode_jpeg(Image.fromarray(pixels)))
+    tile = Tile(row, scale, picture, heatmap, outline, size)
+    if not row.get("regions"):
+        return tile
+    return tile._replace(regions=row["regions"], seen=preprocessing.source_box(row["width"], row["height"]))

@@ -40,6 +40,9 @@ class CollectionOptions(Options):
     category_from: str = option("", CATEGORY_FROM_HELP)
     allow: Names = option(Names(), ALLOW_HELP)
     top: int = option(50, "images on triage.html, the page of the most anomalous ones; 0: no page", minimum=0)
+    coco: bool = option(
+        False, "write alarms.coco.json: the anomalous images and their regions, which labelling tools import"
+    )
     fresh: bool = option(
         False, "remove what earlier runs wrote to the run folder, and score all images again with the current models"
     )
@@ -67,6 +70,9 @@ class OutputOptions(Options):
     overlay: bool = option(
         False, "write beside each heatmap a JPEG of the image with the heatmap drawn over it, in its own proportions"
     )
+    masks: bool = option(
+        False, "write a PNG of 0 and 255, in the size of the heatmap, of the regions of each image that has any"
+    )
     raw_maps: bool = option(
         False,
         "keep each anomaly map as float32 in the Parquet files: 4 bytes for each input pixel, 0.6 MB an image with "
@@ -81,6 +87,12 @@ class ScoreOptions(Options):
     false_alarm_rate: float = option(
         0.01,
         "fraction of good images that may be called anomalous, 0 to 1; sets the threshold from held-out good images",
+        above=0,
+        below=1,
+    )
+    region_rate: float = option(
+        0.1,
+        "fraction of good images that may have any region, 0 to 1; sets the threshold of pixels, and decides no alarm",
         above=0,
         below=1,
     )

@@ -12,12 +12,13 @@ from stpm.lease import Fence, check
 from stpm.names import safe_name
 from stpm.scoring.run_state import RunState
 
+PictureSuffix = Literal[".png", "_overlay.jpg", "_regions.png"]
 # Under any run folder, what `picture_path` returns.
-_PICTURE = re.compile(r"/heatmaps/[^/]+/[^/]+/([0-9a-f]{2})/\1[0-9a-f]{14}(?:\.png|_overlay\.jpg)$")
+_PICTURE = re.compile(r"/heatmaps/[^/]+/[^/]+/([0-9a-f]{2})/\1[0-9a-f]{14}(?:\.png|_overlay\.jpg|_regions\.png)$")
 
 
 def is_picture(uri: str) -> bool:
-    """Return whether a file is a heatmap or an overlay that some run drew, by its name."""
+    """Return whether a file is a heatmap, an overlay or a mask that some run drew, by its name."""
     return bool(_PICTURE.search(uri))
 
 
@@ -92,8 +93,8 @@ class RunOutput:
         """The folder of the heatmaps."""
         return storage.join(self.folder, "heatmaps", self.name)
 
-    def picture_path(self, category: str, image_id: int, suffix: Literal[".png", "_overlay.jpg"]) -> str:
-        """Return the path of an image's heatmap or overlay, relative to the run folder."""
+    def picture_path(self, category: str, image_id: int, suffix: PictureSuffix) -> str:
+        """Return the path of an image's heatmap, overlay or mask, relative to the run folder."""
         name = f"{image_id & (2**64 - 1):016x}"
         # Divide the pictures among 256 folders: a disk and its tools are slow in one of millions of files.
         return f"heatmaps/{self.name}/{safe_name(category, 'category')}/{name[:2]}/{name}{suffix}"
@@ -107,6 +108,11 @@ class RunOutput:
     def triage(self) -> str:
         """The page of the most anomalous images."""
         return storage.join(self.state_folder, "triage.html")
+
+    @property
+    def coco(self) -> str:
+        """The anomalous images and their regions, for tools that label images."""
+        return storage.join(self.state_folder, "alarms.coco.json")
 
     @property
     def summaries(self) -> str:
@@ -134,7 +140,7 @@ class RunOutput:
     def written_uris(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""
         tables = (storage.join(self.state_folder, f"rows.{kind}") for kind in ("csv", "xlsx"))
-        names = (self.manifest, self.summaries, self.triage, self.heatmaps, *tables)
+        names = (self.manifest, self.summaries, self.triage, self.coco, self.heatmaps, *tables)
         return [*self.files(), *(uri for uri in names if storage.exists(uri))]
 
     def clear(self) -> None:

@@ -15,8 +15,9 @@ from stpm.scoring.row_summary import COLUMNS, VIEW_SCORES, RankedImage, RowSumma
 from stpm.scoring.written_rows import committed_summaries
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
-_COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "model_id", *_VALUES, *_HEATMAP]
+_VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "region_count", "regions", "peak_x", "peak_y"]
+_IMAGE = ["image_id", "uri", "archive_start", "archive_length", "category", "width", "height"]
+_COLUMNS = [*_IMAGE, "model_id", *_VALUES, *_HEATMAP]
 
 
 def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | None = None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from stpm import storage
 from stpm.cluster.connection import connected
 from stpm.cluster.ray_failures import interrupted_by_ray, is_ray_failure
 from stpm.errors import RunDamagedError
+from stpm.scoring.coco import write_coco
 from stpm.scoring.inputs.manifest import Manifest, read_shard
 from stpm.scoring.pipeline import score_shards
 from stpm.scoring.progress import Snapshot, show_scoring_progress
@@ -69,6 +70,8 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     if run.triage_images and run.triage_images != state.record.triage_images:
         write_triage(run.output, total, run.triage_images, models)
         state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
+    if run.coco:
+        write_coco(run.output)
     if not finished:
         state.finish(scored)
     return scored, models

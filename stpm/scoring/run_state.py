@@ -26,6 +26,7 @@ class ScoringConfig:
     Args:
         images: the sources.
         false_alarm_rate: for the thresholds.
+        region_rate: for those of pixels.
         output: what is written for each image.
         category: of every image, or "".
         category_from: pattern of the images' paths, or "".
@@ -36,6 +37,7 @@ class ScoringConfig:
     images: tuple[str, ...]
     false_alarm_rate: float
     output: OutputOptions = field(default_factory=OutputOptions)
+    region_rate: float = 0.1
     category: str = ""
     category_from: str = ""
     allow: tuple[str, ...] = ()

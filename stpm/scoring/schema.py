@@ -73,6 +73,11 @@ DECODED = pa.schema(
     ]
 )
 
+_REGION = pa.struct(
+    [(name, pa.int32()) for name in ("left", "top", "right", "bottom", "area")]
+    + [("share", pa.float32()), ("score", pa.float32()), ("peak_x", pa.int32()), ("peak_y", pa.int32())]
+)
+
 _SCORE = [
     _optional("score", pa.float32(), "mean of the anomaly map's highest values; larger is more anomalous"),
     _optional("fine_score", pa.float32(), "what the fine view alone has there; null if the map is a product of levels"),
@@ -87,7 +92,10 @@ _SCORE = [
     ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
-    _optional("area", pa.float32(), "fraction of inspected pixels whose anomaly exceeds the threshold, 0 to 1"),
+    _optional("area", pa.float32(), "fraction of the inspected pixels that are in regions, 0 to 1"),
+    _optional("pixel_threshold", pa.float32(), "anomaly above which pixels make regions, for the region rate"),
+    _optional("region_count", pa.int32(), "number of regions: connected pixels above the pixel threshold"),
+    _optional("regions", pa.list_(_REGION), "the 20 largest, largest first; boxes, areas and peaks in original pixels"),
     _optional("seed", pa.int32(), "seed of the model's recipe"),
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),
 ]
@@ -101,7 +109,9 @@ _HEATMAP_LEVELS = _field(
     "heatmap_levels", pa.large_binary(), "uint8 grey levels at model size without padding, row by row"
 )
 
-SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS])
+_REGION_BITS = _optional("region_bits", pa.large_binary(), "mask of the regions, a bit a pixel", "if none is drawn")
+
+SCORED = pa.schema([*DECODED, *_SCORE, _RAW_MAP, _HEATMAP_LEVELS, _REGION_BITS])
 
 OUTPUT = pa.schema(
     [
@@ -113,9 +123,11 @@ OUTPUT = pa.schema(
         _field(
             "overlay", pa.string(), 'JPEG of the image under its heatmap, own proportions, path as above, "" if none'
         ),
+        _field("region_mask", pa.string(), 'PNG of the regions, 0 and 255, size and path as the heatmap, "" if none'),
         *_ERROR,
         _optional("heatmap_png", pa.large_binary(), "the heatmap PNG, if asked for"),
         _optional("overlay_jpeg", pa.large_binary(), "the overlay JPEG, if asked for"),
+        _optional("region_mask_png", pa.large_binary(), "the regions' PNG, if asked for", "if none"),
         _RAW_MAP,
     ]
 )

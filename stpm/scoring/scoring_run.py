@@ -27,6 +27,7 @@ class ScoringRun:
             called twice if rows of an earlier run are replaced: first to see that there is something to score.
         config: all that decides the rows, except the models.
         triage_images: images on the page of the most anomalous ones; 0: no page.
+        coco: whether the anomalous images and their regions are written for tools that label images.
     """
 
     rows: Callable[[], Iterable[pa.Table]]
@@ -36,3 +37,4 @@ class ScoringRun:
     output: RunOutput
     triage_images: int = 0
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    coco: bool = False

@@ -41,18 +41,21 @@ def test_calibration_scores_held_out_images_as_scoring_does(
     features = features_of(recipe, images)
     train, held_out = split_images(np.arange(len(images)), recipe)
     detector = fit_uncalibrated(features, train, held_out, recipe)
-    scores, heatmap_scale, distance_scales = calibrate(detector, features, [(detector.memory, held_out)], held_out)
+    scores, heatmap_scale, distance_scales, max_pixels = calibrate(
+        detector, features, [(detector.memory, held_out)], held_out
+    )
     views = len(detector.teacher.views)
     maps_count = (len(recipe.levels) if detector.student else 0) + len(detector.memory)
     scales_count = maps_count + (views if views > 1 else 0)
     assert len(distance_scales) == (scales_count if recipe.fusion == "quantile" else 0)
     maps = []
     for i in held_out:
-        _, _, scales = calibrate(detector, features, [(detector.memory, held_out[held_out != i])], held_out)
+        _, _, scales, _ = calibrate(detector, features, [(detector.memory, held_out[held_out != i])], held_out)
         maps += anomaly_maps(detector, select(images, [i]), scales)
     expected = [each.score(recipe.top_fraction) for each in maps]
     # The teacher's cached features are rounded.
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=5e-3)
+    np.testing.assert_allclose(max_pixels, [each.total.max() for each in maps], rtol=1e-3, atol=5e-3)
     pixels = np.concatenate([each.total.ravel() for each in maps])
     assert heatmap_scale.low == pytest.approx(np.quantile(pixels, 0.99), rel=1e-3, abs=5e-3)
     assert heatmap_scale.good_max == pytest.approx(pixels.max(), rel=1e-3, abs=5e-3)
@@ -84,9 +87,9 @@ def test_distances_that_ram_does_not_hold_are_recomputed_to_the_same_bits(
         features.ram_left = ram
         found.append(calibrate(detector, features, [(detector.memory, held_out)], held_out))
         assert len(computed) == times
-    for scores, *scales in found[1:]:
-        np.testing.assert_array_equal(scores, found[0][0])
-        assert tuple(scales) == found[0][1:]
+    for scores, *scales, max_pixels in found[1:]:
+        np.testing.assert_array_equal((scores, max_pixels), (found[0][0], found[0][-1]))
+        assert tuple(scales) == found[0][1:-1]
 
 
 def test_distance_scales_are_quantiles_on_held_out_images(
@@ -97,7 +100,7 @@ def test_distance_scales_are_quantiles_on_held_out_images(
     detector = fit_uncalibrated(features, np.array([0, 2, 3, 5, 6, 7]), held_out, recipe)
     inputs = detector.teacher.inputs(torch.from_numpy(images.pixels[held_out]))
     distances = detector.distances(inputs, images.content[held_out])
-    _, _, scales = calibrate(detector, features, [(detector.memory, held_out)], held_out)
+    _, _, scales, _ = calibrate(detector, features, [(detector.memory, held_out)], held_out)
     maps = detector.on_one_grid(distances, images.content[held_out])
     for scale, part in zip(scales, maps, strict=len(detector.teacher.views) == 1):
         # Maps of this size are not sampled: all positions count.
@@ -129,7 +132,7 @@ def test_a_student_that_knows_an_image_calibrates_like_one_that_does_not(
     detector = Detector.assemble(features.teacher, recipe, student, candidates.banks)
     # The same images twice: to calibrate on, and as images that the student knows.
     parts = [(detector.memory, held_out), (detector.memory, held_out)]
-    expected, _, scales = calibrate(detector, features, parts, held_out)
+    expected, _, scales, _ = calibrate(detector, features, parts, held_out)
     calls: list[int] = []
     original = Detector.distances
 
@@ -142,7 +145,7 @@ def test_a_student_that_knows_an_image_calibrates_like_one_that_does_not(
     twins = select(features.images, [*range(9), *held_out])
     doubled = TeacherFeatures(features.teacher, twins, RAM)
     known = [(detector.memory, held_out), (detector.memory, np.arange(9, 12))]
-    scores, _, found = calibrate(detector, doubled, known, held_out)
+    scores, _, found, _ = calibrate(detector, doubled, known, held_out)
     np.testing.assert_allclose(scores[:3], expected[::2], rtol=1e-3, atol=5e-3)
     np.testing.assert_allclose(scores[3:], expected[::2], rtol=1e-3, atol=5e-3)
     assert [(s.low, s.high) for s in found] == [pytest.approx((s.low, s.high), rel=1e-3, abs=5e-3) for s in scales]
@@ -157,10 +160,10 @@ def test_fold_does_not_remember_the_images_it_scores(
     pixels, others = images.pixels.copy(), np.delete(np.arange(9), [4, 6])
     pixels[[4, 6]] = (255, 0, 0)
     features = features_of(recipe, unpadded(pixels))
-    known, _, _ = calibrate_by_folds(features, recipe)
+    known, *_ = calibrate_by_folds(features, recipe)
     assert known[[4, 6]].max() < known[others].max()
     # They are of one group, so they are in one fold.
-    scores, _, _ = calibrate_by_folds(features, recipe, np.array([0, 1, 2, 3, 4, 5, 4, 7, 8]))
+    scores, *_ = calibrate_by_folds(features, recipe, np.array([0, 1, 2, 3, 4, 5, 4, 7, 8]))
     assert scores[[4, 6]].min() > scores[others].max() + np.ptp(scores[others])
 
 
@@ -171,7 +174,7 @@ def test_scores_of_folds_are_those_of_banks_that_never_saw_them(features_of: Fea
     folds = split_folds(np.arange(9), recipe)
     detector = fit_uncalibrated(features, np.arange(9), np.arange(9), recipe)
     parts = [(build_memory(features, np.setdiff1d(np.arange(9), fold), recipe), fold) for fold in folds]
-    expected, _, _ = calibrate(detector, features, parts, np.arange(9))
-    scores, _, _ = calibrate_by_folds(features, recipe)
+    expected, *_ = calibrate(detector, features, parts, np.arange(9))
+    scores, *_ = calibrate_by_folds(features, recipe)
     assert scores.shape == (9,)
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3)

@@ -92,10 +92,12 @@ def test_added_images_calibrate_as_scoring_scores_them(
     assert record.good_count == before.good_count + 3
     assert {name: digest for name, digest in record.files.items() if name not in changing} == weights
     statistics = plant.store.image_statistics(record)
-    rows = score(Path(plant.root), nut_rows(uris)).select(statistics.column_names)
+    rows = score(Path(plant.root), nut_rows(uris))
     assert statistics.slice(0, 10) == plant.store.image_statistics(before)
     for name in statistics.column_names:
         assert statistics[name].to_pylist()[10:] == rows[name].to_pylist()
+    largest = [np.frombuffer(data, np.float32).max() for data in rows["anomaly_map"].to_pylist()]
+    np.testing.assert_allclose(new.max_pixels, np.sort([*old.max_pixels, *largest]), rtol=1e-5)
     assert record.distance_scales == before.distance_scales
     assert new.scale.low == old.scale.low
     assert new.scale.good_max >= old.scale.good_max

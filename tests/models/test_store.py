@@ -29,6 +29,7 @@ from tests.conftest import MODELS, make_preprocessing
 from tests.datasets import fitted_categories
 
 FIT = FitRecord(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
+PIXELS = np.array([1.5, 3.5, 2.5], np.float32)
 CALIBRATION = Calibration(np.array([0.2, 0.4, 0.7], np.float32), HeatmapScale(0.25, 0.75))
 IMAGE_STATISTICS = pa.table({name: np.arange(8, dtype=np.float32) + i for i, name in enumerate(COMPARED)})
 
@@ -67,7 +68,7 @@ def save(store: ModelStore, recipe: Recipe, category: str = "nut", seed: int = 0
         encode_model(
             make_student(recipe, seed),
             make_banks(recipe, seed),
-            pa.table({"score": CALIBRATION.scores[::-1], "is_added": [False] * len(CALIBRATION.scores)}),
+            pa.table({"score": CALIBRATION.scores[::-1], "max_pixel": PIXELS, "is_added": [False] * 3}),
             IMAGE_STATISTICS,
             pa.table({"number": [1, 2], "train_loss": [0.7, 0.5]}),
         ),
@@ -103,6 +104,7 @@ def test_a_model_is_loaded_as_it_was_saved_without_the_network(
     assert record.preprocessing == make_preprocessing(64, 48, "fit")
     assert record.distance_scales == make_scales(recipe)
     np.testing.assert_array_equal(model.calibration.scores, CALIBRATION.scores)
+    np.testing.assert_array_equal(model.calibration.max_pixels, [1.5, 2.5, 3.5])
     assert model.calibration.scale == CALIBRATION.scale
     assert store.image_statistics(record).equals(IMAGE_STATISTICS)
     assert fitted_categories(store.uri) == store.categories() == ["nut"]

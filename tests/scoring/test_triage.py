@@ -20,6 +20,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous, scan_rows
 from stpm.scoring.triage import write_triage
 from tests.browser import Tags, check_page, open_tab
+from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, make_output, write_rows
 from tests.evaluation.runs import result
 
@@ -250,5 +251,32 @@ def test_by_keys_a_person_goes_through_large_pictures_and_marks_them(
     assert large() == ["99, 99"]
     tab.locator(".open").first.click()
     assert large() == []
+    assert messages == []
+    tab.close()
+
+
+def test_boxes_lie_over_the_regions_of_the_part_that_is_shown(browser: Any, tmp_path: Path) -> None:
+    """Of an image of 400 × 200, the model sees the square in the middle. The key b takes the boxes away."""
+    pixels = np.full((200, 400, 3), 60, np.uint8)
+    pixels[50:90, 150:210] = 255
+    (tmp_path / "x.png").write_bytes(encode_image(pixels))
+    region = {"left": 150, "top": 50, "right": 210, "bottom": 90, "area": 2400, "share": 0.06, "score": 3.0}
+    values = {"uri": str(tmp_path / "x.png"), "category": "nut", "score": 3.0, "threshold": 1.0, "p_value": 0.1}
+    values |= {"is_anomalous": True, "width": 400, "height": 200, "region_count": 21, "regions": [region]}
+    output = RunOutput.single(str(tmp_path))
+    write_rows(output, make_output(1, **{name: [value] for name, value in values.items()}))
+    cropped = dataclasses.replace(NUT, preprocessing=make_preprocessing(64, resize="crop"))
+    write_triage(output, scan_rows(output, 1), 1, {"nut": cropped})
+    tab, messages = open_tab(browser, (tmp_path / "triage.html").as_uri())
+    assert "21, the largest 6 % of the image" in tab.locator("dd").all_text_contents()
+    box, picture = (tab.locator(name).first.bounding_box() for name in (".regions rect", ".pair svg"))
+    shown = [box["x"] - picture["x"], box["y"] - picture["y"], box["width"], box["height"]]
+    expected = [picture["width"] * part for part in (50 / 200, 50 / 200, 60 / 200, 40 / 200)]
+    # The line is two pixels wide.
+    assert shown == pytest.approx(expected, abs=2.5)
+    tab.keyboard.press("b")
+    assert not tab.locator(".regions rect").first.is_visible()
+    inside = np.asarray(Image.open(io.BytesIO(tab.screenshot(clip=box))).convert("L"))
+    assert np.mean(inside[3:-3, 3:-3] > 240) > 0.99
     assert messages == []
     tab.close()

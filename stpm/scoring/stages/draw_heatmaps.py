@@ -1,32 +1,35 @@
-"""Third stage: draw heatmaps as PNG, on the model's fixed scale; no image is rescaled to its own range.
+"""Third stage: draw heatmaps as PNG, on the model's fixed scale, and masks; no image is rescaled to its own range.
 
 Overlays are for people's eyes alone, and JPEG: a tenth of the bytes and of the time of a PNG.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from stpm import storage
-from stpm.data.encode import encode_jpeg
+from stpm.data.encode import encode_jpeg, encode_png
 from stpm.data.heatmaps import overlay, palette_png
 from stpm.method.preprocessing import Preprocessing
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions
-from stpm.scoring.output import RunOutput
+from stpm.scoring.output import PictureSuffix, RunOutput
 from stpm.scoring.progress import BatchReport, ProgressReporter
 from stpm.scoring.run_statistics import RunStatistics
 from stpm.scoring.schema import OUTPUT, SCORED, table, with_passthrough
 
 _WRITERS = 8
+# Of the files of pictures, in the order of `Pictures`.
+_SUFFIXES: tuple[PictureSuffix, ...] = (".png", "_overlay.jpg", "_regions.png")
 # Columns that are too large to copy: they are drawn from Arrow's memory, or passed on.
-_BINARY = ("heatmap_levels", "pixels", "anomaly_map")
+_BINARY = ("heatmap_levels", "region_bits", "pixels", "anomaly_map")
 # An overlay's longer side is at most this many times the longer side of the model's input.
 _MAX_OVERLAY_STRETCH = 4
 
@@ -36,8 +39,10 @@ class Pictures(NamedTuple):
 
     heatmap: str = ""
     overlay: str = ""
+    region_mask: str = ""
     heatmap_png: bytes | None = None
     overlay_jpeg: bytes | None = None
+    region_mask_png: bytes | None = None
 
 
 class DrawHeatmaps:
@@ -61,7 +66,7 @@ class DrawHeatmaps:
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.process_time()
         rows = batch.select([name for name in SCORED.names if name not in _BINARY]).to_pylist()
-        for name in ("heatmap_levels", "pixels"):
+        for name in ("heatmap_levels", "region_bits", "pixels"):
             for row, value in zip(rows, batch[name], strict=True):
                 row[name] = value.as_buffer()
         pictures = storage.in_parallel(self._pictures, rows, _WRITERS)
@@ -80,12 +85,17 @@ class DrawHeatmaps:
     def _pictures(self, row: Mapping[str, Any]) -> Pictures:
         heatmaps = self._options.heatmaps
         is_wanted = heatmaps == "all" or (heatmaps == "anomalous" and row["is_anomalous"])
-        if not (is_wanted and row["heatmap_levels"]):
-            return Pictures()
-        heatmap, overlaid = self._draw(row)
+        heatmap, overlaid = self._draw(row) if is_wanted and row["heatmap_levels"] else (None, None)
+        pictures = heatmap, overlaid, None if row["region_bits"] is None else self._draw_mask(row)
         if self._options.heatmaps_in == "parquet":
-            return Pictures(heatmap_png=heatmap, overlay_jpeg=overlaid)
-        return Pictures(self._write(row, ".png", heatmap), self._write(row, "_overlay.jpg", overlaid))
+            return Pictures("", "", "", *pictures)
+        paths = [self._write(row, suffix, each) for suffix, each in zip(_SUFFIXES, pictures, strict=True)]
+        return Pictures(paths[0], paths[1], paths[2])
+
+    def _draw_mask(self, row: Mapping[str, Any]) -> bytes:
+        shape = self._preprocessing[row["category"]].content_shape(row["width"], row["height"])
+        bits = np.unpackbits(np.frombuffer(row["region_bits"], np.uint8), count=math.prod(shape))
+        return encode_png(Image.fromarray(255 * bits.reshape(shape)), compress_level=1)
 
     def _draw(self, row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
         """Draw the heatmap of a row, and the overlay if there is to be one."""
@@ -103,7 +113,7 @@ class DrawHeatmaps:
         resized = blended.resize(preprocessing.picture_size(*size, min(content), longest))
         return heatmap, encode_jpeg(resized)
 
-    def _write(self, row: Mapping[str, Any], suffix: Literal[".png", "_overlay.jpg"], picture: bytes | None) -> str:
+    def _write(self, row: Mapping[str, Any], suffix: PictureSuffix, picture: bytes | None) -> str:
         """Write a picture of a row, if there is one, and return its path."""
         if picture is None:
             return ""

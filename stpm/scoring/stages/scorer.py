@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Columns of SCORED that are fields of a result.
-_COPIED = ("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
+_COPIED = (
+    *("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "pixel_threshold"),
+    *("regions", "region_count", "seed", "model_id"),
+)
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
@@ -236,15 +239,18 @@ class Scorer:
             return [error] * len(images)
         sizes = [(image["width"], image["height"]) for image in images]
         inspected = [image["inspected"] for image in images]
-        results = detector.score_inputs(inputs, sizes, self._options.false_alarm_rate, features, inspected)
+        rates = self._options.false_alarm_rate, self._options.region_rate
+        results = detector.score_inputs(inputs, sizes, rates, features, inspected)
         return [self._columns(result) for result in results]
 
     def _columns(self, result: Result) -> dict[str, Any]:
         """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
+        drawn = self._output.masks and result.region_count
         return {name: getattr(result, name) for name in _COPIED} | {
             "peak_x": result.peak[0],
             "peak_y": result.peak[1],
             "heatmap_levels": result.heatmap_scale.apply(result.model_map).data.cast("B"),
+            "region_bits": np.packbits(result.model_map > np.float32(result.pixel_threshold)).data if drawn else None,
             "anomaly_map": result.model_map.data.cast("B") if self._output.raw_maps else None,
         }
 

@@ -84,11 +84,12 @@ def scorer(
     *,
     raw_maps: bool = False,
     overlays: bool = False,
+    masks: bool = False,
     arithmetic: Arithmetic = Arithmetic(),  # noqa: B008  it is frozen
     **options: Any,
 ) -> Scorer:
     store = ModelStore(str(root / "models"))
-    output = OutputOptions(raw_maps=raw_maps, overlay=overlays)
+    output = OutputOptions(raw_maps=raw_maps, overlay=overlays, masks=masks)
     return Scorer(store, current_models(store), ScoreOptions(0.3, **options), output, arithmetic, progress)
 
 

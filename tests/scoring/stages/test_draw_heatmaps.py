@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,10 +11,15 @@ from PIL import Image
 
 from stpm import storage
 from stpm.data.heatmaps import overlay
+from stpm.method.calibration import threshold
+from stpm.method.regions import find_regions
 from stpm.models.store import ModelStore
+from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from stpm.scoring.schema import SCORED
+from tests.datasets import write_rows
 from tests.scoring.inputs.helpers import rows as list_rows
-from tests.scoring.stages.helpers import manifest, score, write_heatmaps
+from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, score, scorer, write_heatmaps
 
 
 def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
@@ -49,6 +55,31 @@ def test_heatmaps_in_parquet_are_the_same_bytes_as_in_files(run: Path, tmp_path:
         assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes()
         assert other["overlay_jpeg"] == (tmp_path / one["overlay"]).read_bytes()
         assert one["heatmap_png"] is one["overlay_jpeg"] is None
+
+
+def test_regions_are_those_of_the_map_and_masks_are_drawn_of_images_that_have_any(run: Path, tmp_path: Path) -> None:
+    rows = scorer(run, raw_maps=True, masks=True, region_rate=0.5)(decode(manifest(run)))
+    files = write_heatmaps(rows, tmp_path, "none")
+    inside = write_heatmaps(rows, tmp_path / "no", "none", heatmaps_in="parquet")["region_mask_png"].to_pylist()
+    store, found = ModelStore(str(run / "models")), 0
+    for row, png in zip(files.to_pylist(), inside, strict=True):
+        largest = np.sort(store.calibration_scores(store.record(row["category"]))["max_pixel"].to_numpy())
+        raw = np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64)
+        assert row["pixel_threshold"] == threshold(largest, 0.5)
+        regions, count, _ = find_regions(raw, row["pixel_threshold"], PREPROCESSING["nut"], 40, 48)
+        assert (row["region_count"], row["regions"]) == (count, [pytest.approx(each._asdict()) for each in regions])
+        assert bool(row["region_mask"]) == bool(png) == (count > 0)
+        found += count > 0
+        if count:
+            assert (tmp_path / row["region_mask"]).read_bytes() == png
+            with Image.open(tmp_path / row["region_mask"]) as image:
+                np.testing.assert_array_equal(np.asarray(image), 255 * (raw > np.float32(row["pixel_threshold"])))
+    assert 0 < found < len(inside)
+    write_rows(output := RunOutput.single(str(tmp_path)), files)
+    query = "SELECT uri, unnest(regions, recursive := true) FROM read_parquet(?)"
+    read = open_rows(output, ["uri", "regions"]).to_table(columns=["uri", "regions"]).to_pylist()
+    expected = [(row["uri"], *region.values()) for row in read for region in row["regions"]]
+    assert sorted(duckdb.execute(query, [f"{output.scores}/*.parquet"]).fetchall()) == sorted(expected)
 
 
 @pytest.mark.parametrize(("heatmaps", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
