@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import fsspec
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.server import MotoRequestHandler
@@ -20,14 +21,14 @@ from werkzeug.test import run_wsgi_app
 
 from stpm import storage
 from stpm.errors import HOW_TO_CONTINUE
-from tests.cluster.conftest import fit, read_rows, run_job, start_job, wait_for, wait_until
+from tests.cluster.conftest import call_job, fit, own_ray, read_rows, run_job, start_job, wait_for, wait_until
 from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
 FAULT_FRACTION, REFUSING_SECONDS = 0.05, 30.0
 # Enough that most are still to be decoded when the run stops.
-IMAGES = 1200
+IMAGES = 1000
 ERRORS = {
     "403": "<Error><Code>ExpiredToken</Code><Message>The token is expired.</Message></Error>",
     "500": "<Error><Code>SlowDown</Code></Error>",
@@ -152,32 +153,39 @@ def test_a_store_without_conditional_writes_is_named_at_once(flaky: Flaky) -> No
     assert flaky.counts["501"] == 1
 
 
-def test_expired_credentials_stop_a_run_and_write_no_error_rows(flaky: Flaky, options: list[str]) -> None:
+def test_expired_credentials_stop_a_run_and_write_no_error_rows(
+    flaky: Flaky, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, out = "s3://bucket/many", "s3://bucket/expired"
     data = storage.read(storage.files("s3://bucket/data/nut/test")[0])
     storage.in_parallel(lambda i: storage.publish(f"{images}/{i:04}.png", data), range(IMAGES))
     options[options.index("--images") + 1] = images
     options += ["--out", out, "--heatmaps", "none", "--rows-per-file", "32"]
 
-    # All are denied soon after the start.
-    flaky.denied = "/many/", 150
-    ran = run_job("score", *options, **flaky.environment)
-    assert ran.returncode == 2
-    assert "of the latest 2" in ran.stderr
-    assert "unreadable: PermissionError: The token is expired" in ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert flaky.counts["deniable"] < 0.75 * IMAGES
-    assert not storage.exists(f"{out}/_SUCCESS")
+    # This process and its Ray use the flaky server, too.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", flaky.environment["AWS_ENDPOINT_URL"])
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with own_ray():
+        # All are denied soon after the start.
+        flaky.denied = "/many/", 150
+        ran = call_job("score", *options)
+        assert ran.returncode == 2
+        assert "of the latest 2" in ran.stderr
+        assert "unreadable: PermissionError: The token is expired" in ran.stderr
+        assert "Traceback" not in ran.stderr
+        assert flaky.counts["deniable"] < 0.75 * IMAGES
+        assert not storage.exists(f"{out}/_SUCCESS")
 
-    # A few of the last are denied: they stay unfinished, unless errors are accepted.
-    flaky.denied = "/many/119", 0
-    ran = run_job("score", *options, **flaky.environment)
-    assert ran.returncode == 2
-    assert "10 images are unfinished" in ran.stdout
-    assert "s3://bucket/many/1190.png: unreadable: PermissionError" in ran.stdout
-    assert not storage.exists(f"{out}/_SUCCESS")
-    ran = run_job("score", *options, "--accept-errors", **flaky.environment)
-    assert ran.returncode == 0
-    assert f"{IMAGES} rows" in ran.stdout
-    assert "10 with an error (10 unreadable)" in ran.stdout
-    assert storage.exists(f"{out}/_SUCCESS")
+        # A few of the last are denied: they stay unfinished, unless errors are accepted.
+        flaky.denied = "/many/099", 0
+        ran = call_job("score", *options)
+        assert ran.returncode == 2
+        assert "10 images are unfinished" in ran.stdout
+        assert "s3://bucket/many/0990.png: unreadable: PermissionError" in ran.stdout
+        assert not storage.exists(f"{out}/_SUCCESS")
+        ran = call_job("score", *options, "--accept-errors")
+        assert ran.returncode == 0
+        assert f"{IMAGES} rows" in ran.stdout
+        assert "10 with an error (10 unreadable)" in ran.stdout
+        assert storage.exists(f"{out}/_SUCCESS")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
