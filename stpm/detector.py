@@ -42,6 +42,7 @@ from stpm.method.fusion import (
 )
 from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
+from stpm.method.peak_features import peak_features
 from stpm.method.preprocessing import Boxes, Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.scales import DistanceScale, Floats
@@ -289,18 +290,20 @@ class Detector:
         calibration = self.calibration
         preprocessing = self.teacher.preprocessing
         content = preprocessing.content_boxes(sizes)
+        features = features or self.teacher(inputs)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
         scores = [each.scores(self.recipe.top_fraction) for each in maps]
         totals = np.array([total for total, *_ in scores], np.float32)
         p_values = calibration.p_values(totals)
         threshold = np.float32(self.record.threshold(calibration.scores, false_alarm_rate))
         results = []
-        for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
-            sizes, maps, totals, scores, p_values, strict=True
+        for i, ((width, height), anomaly_map, total, (_, *of_views), p_value) in enumerate(
+            zip(sizes, maps, totals, scores, p_values, strict=True)
         ):
             values = anomaly_map.total
             y, x = divmod(int(values.argmax()), values.shape[1])
             fine, coarse, *_ = (*of_views, None, None)
+            at_peak = [level[i] for level in features], (x, y), content[i].tolist(), preprocessing.input_shape
             results.append(
                 Result(
                     score=float(total),
@@ -310,6 +313,7 @@ class Detector:
                     is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
+                    peak_features=peak_features(self.memory, *at_peak) if total > threshold else None,
                     area=float((values > threshold).mean()),
                     size=(width, height),
                     seen=preprocessing.seen_box(width, height),

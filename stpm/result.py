@@ -34,6 +34,8 @@ class Result:
         is_anomalous: score > threshold.
         threshold: score above which an image is called anomalous. NaN with an error.
         peak: column and row of the anomaly map's maximum, pixels of the image itself.
+        peak_features: (64,) float32, what an anomaly looks like, see `stpm.method.peak_features`; None if the image is
+            not anomalous, or the model has no memory.
         area: fraction of pixels whose anomaly exceeds the threshold, 0 to 1.
         size: width and height of the image itself, pixels.
         seen: left, top, right and bottom of the part of the image that the model sees, pixels of the image itself.
@@ -49,6 +51,7 @@ class Result:
     is_anomalous: bool = False
     threshold: float = _NAN
     peak: tuple[int, int] = (-1, -1)
+    peak_features: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     area: float = _NAN
     size: tuple[int, int] = (0, 0)
     seen: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), repr=False)

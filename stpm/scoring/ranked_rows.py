@@ -15,7 +15,7 @@ from stpm.scoring.row_summary import COLUMNS, VIEW_SCORES, RankedImage, RowSumma
 from stpm.scoring.written_rows import committed_summaries
 
 _HEATMAP = ["heatmap", "heatmap_png"]
-_VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y"]
+_VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "peak_x", "peak_y", "peak_features"]
 _COLUMNS = ["image_id", "uri", "archive_start", "archive_length", "category", "model_id", *_VALUES, *_HEATMAP]
 
 

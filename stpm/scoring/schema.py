@@ -80,6 +80,12 @@ _SCORE = [
     ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
+    _optional(
+        "peak_features",
+        pa.list_(pa.float32()),
+        "64 numbers of length 1, near each other where anomalies look alike",
+        "unless anomalous by a model with a memory",
+    ),
     _optional("area", pa.float32(), "fraction of pixels whose anomaly exceeds the threshold, 0 to 1"),
     _optional("seed", pa.int32(), "seed of the model's recipe"),
     _field("model_id", pa.string(), 'category and digest of the model, "" for a row with an error'),

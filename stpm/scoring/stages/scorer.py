@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Columns of SCORED that are fields of a result.
-_COPIED = ("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "seed", "model_id")
+_COPIED = (
+    *("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold"),
+    *("peak_features", "area", "seed", "model_id"),
+)
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
