@@ -20,12 +20,12 @@ _DIAMETER = 0.8
 def find_kinds(vectors: npt.NDArray[np.float32], names: Sequence[str]) -> npt.NDArray[np.int64]:
     """Group alarms of one model that look alike, by agglomerative clustering with complete linkage.
 
-    More than 2,000 are not compared with each other: the first 2,000 make the kinds, and each other one joins the kind
-    with the nearest mean within the same distance, or none.
+    More than 2,000 are not compared with each other: 2,000, evenly spaced in the given order, make the kinds, and each
+    other one joins the kind with the nearest mean within the same distance, or none.
 
     Args:
         vectors: (N, D) of length 1, from `stpm.method.peak_features`, the most anomalous first.
-        names: N different names. The order of the first 2,000 has no effect but by them.
+        names: N different names. The order of up to 2,000 has no effect but by them.
 
     Returns:
         (N,) int64: 0 for each alarm of the largest kind, and so on; of kinds of one size the one with the first name
@@ -33,7 +33,8 @@ def find_kinds(vectors: npt.NDArray[np.float32], names: Sequence[str]) -> npt.ND
     """
     from sklearn.cluster import AgglomerativeClustering
 
-    order = np.array(sorted(range(min(len(vectors), COMPARED)), key=names.__getitem__), np.int64)
+    compared = np.linspace(0, len(vectors) - 1, min(len(vectors), COMPARED)).astype(int)
+    order = np.array(sorted(compared.tolist(), key=names.__getitem__), np.int64)
     labels = np.full(len(vectors), -1, np.int64)
     if len(order) > 1:
         clustering = AgglomerativeClustering(None, metric="cosine", linkage="complete", distance_threshold=_DIAMETER)
@@ -41,8 +42,9 @@ def find_kinds(vectors: npt.NDArray[np.float32], names: Sequence[str]) -> npt.ND
     kept = [label for label, count in zip(*np.unique(labels[order], return_counts=True), strict=True) if count > 1]
     if kept and len(vectors) > COMPARED:
         means = np.stack([vectors[labels == label].mean(axis=0) for label in kept])
-        near = vectors[COMPARED:] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
-        labels[COMPARED:] = np.where(near.max(axis=1) >= 1 - _DIAMETER, np.array(kept)[near.argmax(axis=1)], -1)
+        others = np.setdiff1d(np.arange(len(vectors)), order)
+        near = vectors[others] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+        labels[others] = np.where(near.max(axis=1) >= 1 - _DIAMETER, np.array(kept)[near.argmax(axis=1)], -1)
     members = {label: np.flatnonzero(labels == label) for label in kept}
     ranked = sorted(kept, key=lambda label: (-len(members[label]), min(names[int(i)] for i in members[label])))
     kinds = np.full(len(vectors), -1, np.int64)
