@@ -42,6 +42,7 @@ from stpm.method.fusion import (
 )
 from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
+from stpm.method.peak_features import peak_features
 from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.regions import find_regions
@@ -309,6 +310,7 @@ class Detector:
         calibration = self.calibration
         preprocessing = self.preprocessing
         content = preprocessing.content(sizes, inspected)
+        features = features or self.teacher(inputs)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
         scores = [each.scores(self.recipe.top_fraction) for each in maps]
         totals = np.array([total for total, *_ in scores], np.float32)
@@ -316,13 +318,14 @@ class Detector:
         threshold = np.float32(self.record.threshold(calibration.scores, rates[0]))
         pixel_threshold = calibration.pixel_threshold(rates[1])
         results = []
-        for (width, height), anomaly_map, total, (_, *of_views), p_value in zip(
-            sizes, maps, totals, scores, p_values, strict=True
+        for i, ((width, height), anomaly_map, total, (_, *of_views), p_value) in enumerate(
+            zip(sizes, maps, totals, scores, p_values, strict=True)
         ):
             y, x = anomaly_map.peak
             fine, coarse, *_ = (*of_views, None, None)
             found = find_regions(anomaly_map.total, pixel_threshold, preprocessing, width, height)
             regions, region_count, area = found
+            at_peak = [level[i] for level in features], (x, y), content.boxes[i].tolist(), preprocessing.input_shape
             results.append(
                 Result(
                     score=float(total),
@@ -332,6 +335,7 @@ class Detector:
                     is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
+                    peak_features=peak_features(self.memory, *at_peak) if total > threshold else None,
                     pixel_threshold=pixel_threshold,
                     area=area,
                     region_count=region_count,

@@ -35,6 +35,8 @@ class Result:
         is_anomalous: score > threshold.
         threshold: score above which an image is called anomalous. NaN with an error.
         peak: column and row of the anomaly map's maximum, pixels of the image itself.
+        peak_features: (64,) float32, what an anomaly looks like, see `stpm.method.peak_features`; None if the image is
+            not anomalous, or the model has no memory.
         pixel_threshold: value of the map above which pixels make regions. NaN with an error.
         area: fraction of the inspected pixels that are in regions, 0 to 1.
         region_count: how many there are; `regions` are the largest, `stpm.method.regions.MAX_REGIONS` at most.
@@ -52,6 +54,7 @@ class Result:
     is_anomalous: bool = False
     threshold: float = _NAN
     peak: tuple[int, int] = (-1, -1)
+    peak_features: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     pixel_threshold: float = _NAN
     area: float = _NAN
     region_count: int = 0

@@ -1,20 +1,25 @@
-"""The examples in docstrings, in docs/python.md and in README.md are correct."""
+"""The examples in docstrings, in docs/python.md, README.md and docs/from-a-service.md are correct."""
 
 from __future__ import annotations
 
 import dataclasses
 import doctest
+import json
 import logging
 import re
 import runpy
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import stpm
 from stpm.data import demo
+from stpm.data.masks import read_mask
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.sources import image_rows
 from tests.conftest import REPOSITORY
 
 
@@ -74,3 +79,35 @@ def test_the_lines_in_the_readme_make_its_picture(demo_data: Path) -> None:
     with Image.open("found.jpg") as made, Image.open(REPOSITORY / "docs" / "found.jpg") as stored:
         assert made.size == stored.size
     assert stpm.load("models", "gravel").record.fit.train_count == 128
+
+
+@pytest.mark.usefixtures("short_fits")
+def test_the_lines_for_a_manifest_fit_its_normal_images_and_make_a_table_with_masks(demo_data: Path) -> None:
+    def line(image: Path, mask: Path | None = None) -> str:
+        values: dict[str, object] = {"source-ref": str(image), "anomaly-label": int(image.parent.name != "good")}
+        return json.dumps(values | ({"anomaly-mask-ref": str(mask)} if mask else {}))
+
+    gravel = demo_data / "gravel"
+    images = [gravel / "test" / name for name in ("hole/000.png", "stain/001.png", "good/000.png")]
+    with Image.open(gravel / "ground_truth/hole/000_mask.png") as stored:
+        hole = np.asarray(stored) > 0
+    coloured = np.where(hole[..., None], (44, 160, 44), 255).astype(np.uint8)
+    Image.fromarray(coloured).save("coloured.png")
+    good = sorted((gravel / "train/good").iterdir())[:15]
+    Path("train.manifest").write_text("\n".join(map(line, [*good, images[0]])))
+    Path("test.manifest").write_text("\n".join([line(images[0], Path("coloured.png")), *map(line, images[1:])]))
+    (lines,) = re.findall(
+        r"^```python\n(.*?)^```", (REPOSITORY / "docs/from-a-service.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    Path("lines.py").write_text(lines)
+    mask = runpy.run_path("lines.py")["mask"]
+    assert mask.shape == hole.shape
+    assert mask[hole].mean() > mask[~hole].mean()
+    assert stpm.load("models", "gravel").record.fit.train_count == 12
+    (table,) = image_rows(["test.jsonl"], CategoryRule(), [str(demo_data), "."])
+    rows = table.to_pylist()
+    assert [(row["uri"], row["category"], row["label"], row["error_kind"]) for row in rows] == [
+        (str(image), "gravel", label, "") for image, label in zip(images, ("defect", "defect", "good"), strict=True)
+    ]
+    assert [bool(row["mask"]) for row in rows] == [True, False, False]
+    assert np.array_equal(read_mask(rows[0]["uri"], "defect", rows[0]["mask"], *hole.shape[::-1]), hole)

@@ -77,7 +77,12 @@ class ErrorExample:
 
 @dataclass(frozen=True, kw_only=True)
 class TopImage:
-    """One of the most anomalous images; `picture` is a data URI, "" if the image or its model can no longer be read."""
+    """The most anomalous image of a kind of alarms, or one that looks like no other.
+
+    Args:
+        picture: a data URI; "" if the image or its model can no longer be read.
+        alike: how many of the night's most anomalous images look like it, itself included.
+    """
 
     uri: str
     category: str
@@ -86,6 +91,7 @@ class TopImage:
     p_value: float
     is_anomalous: bool
     picture: str
+    alike: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Night:
         unfinished: images that a run lists and that have no row.
         problem: why something of the night is missing, "" if nothing is.
         error_examples: a few of each kind.
-        top: the most anomalous images, in that order.
+        top: some of the most anomalous images: one of each kind, the largest kinds first, then others.
         pages: names of the runs that have a triage.html: an unfinished run has none.
     """
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from stpm.method.calibration import promised_rates
 from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
+from stpm.scoring.kinds import Row, group_alarms
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.triage import THREADS, picture
@@ -138,7 +138,7 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
         problem=problem,
         categories=categories,
         error_examples=error_examples,
-        top=_top_images(outputs, job.store),
+        top=_top_images(outputs, job.store, max(job.monitoring.top, _TOP_IMAGES)),
         pages=tuple(output.name for output in outputs if storage.exists(output.triage)),
     )
     if problem or unfinished:
@@ -187,21 +187,20 @@ def _medians(values: Mapping[str, FloatArray]) -> dict[str, float]:
     return {name: float(np.median(numbers)) for name, numbers in values.items() if len(numbers)}
 
 
-def _top_images(outputs: Sequence[RunOutput], store: ModelStore) -> tuple[TopImage, ...]:
-    """Select the most anomalous images of a night, and draw each with its heatmap."""
-    found = [(row, output) for output in outputs for row in most_anomalous(output, _TOP_IMAGES)]
-    found = sorted(found, key=lambda item: (item[0]["margin"], item[0]["uri"]), reverse=True)[:_TOP_IMAGES]
+def _top_images(outputs: Sequence[RunOutput], store: ModelStore, count: int) -> tuple[TopImage, ...]:
+    """Select one image of each kind among a night's most anomalous ones, then others; draw each with its heatmap."""
+    found = [row | {"output": output} for output in outputs for row in most_anomalous(output, count)]
+    found = sorted(found, key=lambda row: (row["margin"], row["uri"]), reverse=True)[:count]
 
     @cache
     def preprocessing(category: str, model_id: str) -> Preprocessing:
         return store.record(category, model_id).preprocessing
 
-    def draw(item: tuple[dict[str, Any], RunOutput]) -> TopImage:
-        row, output = item
-        drawn = ""
+    def draw(kind: Sequence[Row]) -> TopImage:
+        row, drawn = kind[0], ""
         with suppress(ModelError):
-            drawn = picture(output, row, preprocessing(row["category"], row["model_id"]))
+            drawn = picture(row["output"], row, preprocessing(row["category"], row["model_id"]))
         values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
-        return TopImage(**values, picture=drawn)
+        return TopImage(**values, picture=drawn, alike=len(kind))
 
-    return tuple(storage.in_parallel(draw, found, THREADS))
+    return tuple(storage.in_parallel(draw, group_alarms(found)[:_TOP_IMAGES], THREADS))

@@ -16,8 +16,8 @@ from stpm.scoring.written_rows import committed_summaries
 
 _HEATMAP = ["heatmap", "heatmap_png"]
 _VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "region_count", "regions", "peak_x", "peak_y"]
-_IMAGE = ["image_id", "uri", "archive_start", "archive_length", "category", "width", "height"]
-_COLUMNS = [*_IMAGE, "model_id", *_VALUES, *_HEATMAP]
+_IMAGE = ["image_id", "uri", "archive_start", "archive_length", "category", "width", "height", "roi"]
+_COLUMNS = [*_IMAGE, "model_id", *_VALUES, "peak_features", *_HEATMAP]
 
 
 def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | None = None) -> list[dict[str, Any]]:

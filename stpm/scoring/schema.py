@@ -92,6 +92,12 @@ _SCORE = [
     ),
     _optional("peak_x", pa.int32(), "column of the anomaly map's maximum, original pixels"),
     _optional("peak_y", pa.int32(), "row of the anomaly map's maximum, original pixels"),
+    _optional(
+        "peak_features",
+        pa.list_(pa.float32()),
+        "64 numbers of length 1, near each other where anomalies look alike",
+        "unless anomalous by a model with a memory",
+    ),
     _optional("area", pa.float32(), "fraction of the inspected pixels that are in regions, 0 to 1"),
     _optional("pixel_threshold", pa.float32(), "anomaly above which pixels make regions, for the region rate"),
     _optional("region_count", pa.int32(), "number of regions: connected pixels above the pixel threshold"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from itertools import chain, islice
 
 from PIL import Image
 
@@ -13,6 +12,7 @@ from stpm.data.heatmaps import overlay, read_shown
 from stpm.method.preprocessing import Preprocessing
 from stpm.pages import data_uri, render
 from stpm.pages.tiles import Tile, draw_tile
+from stpm.scoring.kinds import Row, group_alarms
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.row_summary import RowSummary
@@ -20,6 +20,8 @@ from stpm.scoring.scoring_run import ModelRecords
 
 # Maximum pixels of a picture's shorter and longer side: on the page, which shows it large at a click; in a list.
 _PAGE_SIDES, _LIST_SIDES = (512, 1024), (256, 1024)
+# Pictures of a kind that are not behind a click.
+_SHOWN = 4
 # Pictures that are drawn at the same time.
 THREADS = 8
 
@@ -30,16 +32,19 @@ def write_triage(output: RunOutput, summary: RowSummary, max_images: int, models
     It takes a summary of all rows, and the models.
     """
 
-    def draw(row: Mapping[str, Any]) -> Tile:
+    def draw(row: Row) -> Tile:
         model = models[row["category"]]
         return draw_tile(row, output.folder, model.preprocessing, model.heatmap_scale, _PAGE_SIDES)
 
-    tiles = storage.in_parallel(draw, most_anomalous(output, max_images, summary), THREADS)
-    page = render("scoring/triage.html", tiles=tiles, folder=output.folder, models=models)
+    groups = group_alarms(most_anomalous(output, max_images, summary))
+    drawn = iter(storage.in_parallel(draw, list(chain.from_iterable(groups)), THREADS))
+    kinds = [list(islice(drawn, len(group))) for group in groups if len(group) > 1]
+    values = {"folder": output.folder, "models": models}
+    page = render("scoring/triage.html", kinds=kinds, others=list(drawn), shown=_SHOWN, **values)
     storage.publish(output.triage, page.encode())
 
 
-def picture(output: RunOutput, row: Mapping[str, Any], preprocessing: Preprocessing) -> str:
+def picture(output: RunOutput, row: Row, preprocessing: Preprocessing) -> str:
     """Draw an image under its heatmap, if there is one, as a data URI; return "" if it cannot be read."""
     if (shown := read_shown(row, output.folder, preprocessing, *_LIST_SIDES)) is None:
         return ""

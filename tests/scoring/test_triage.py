@@ -23,6 +23,7 @@ from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing
 from tests.datasets import encode_image, make_output, write_rows
 from tests.evaluation.runs import result
+from tests.scoring.test_kinds import blobs
 
 EVIL = "/nowhere/<img src=x onerror=alert(1)>&\"'.png"
 DECISION = Decision(100.0, "ann", EVIL)
@@ -279,4 +280,70 @@ def test_boxes_lie_over_the_regions_of_the_part_that_is_shown(browser: Any, tmp_
     inside = np.asarray(Image.open(io.BytesIO(tab.screenshot(clip=box))).convert("L"))
     assert np.mean(inside[3:-3, 3:-3] > 240) > 0.99
     assert messages == []
+    tab.close()
+
+
+def write_alarms(folder: Path, sizes: list[int]) -> Path:
+    """Write the page of kinds of alarms of these sizes; the most anomalous one is of the first."""
+    vectors, _ = blobs(sizes)
+    count = len(vectors)
+    same = {"category": "nut", "model_id": "nut-1", "threshold": 1.0, "p_value": 0.1, "is_anomalous": True}
+    columns = {name: [value] * count for name, value in same.items()}
+    columns |= {"uri": [f"{folder}/{i}.png" for i in range(count)], "score": [9.0 - i / count for i in range(count)]}
+    output = RunOutput.single(str(folder))
+    write_rows(output, make_output(count, **columns, peak_x=range(count), peak_features=list(vectors)))
+    write_page(output, max(count, 1))
+    return folder / "triage.html"
+
+
+def test_one_key_marks_a_kind_and_the_alarms_of_it_that_are_behind_a_click(browser: Any, tmp_path: Path) -> None:
+    tab, messages = open_tab(browser, write_alarms(tmp_path, [6, 1, 40]).as_uri())
+    tab.set_viewport_size({"width": 390, "height": 844})
+    headings = tab.locator("h2")
+    assert headings.all_text_contents() == ["Kind 1: 40 alarms of nut", "Kind 2: 6 alarms of nut", "Single: 1 images"]
+    # Four of each kind, and the one that looks like no other.
+    assert tab.locator("li:visible").count() == 9
+    first, more = tab.locator("section").first, tab.locator("summary")
+    assert more.all_text_contents() == ["36 more", "2 more"]
+
+    def marked() -> tuple[int, str]:
+        return first.locator("[aria-pressed=true]").count(), tab.locator("output").text_content()
+
+    def press(*keys: str) -> tuple[int, str]:
+        for key in keys:
+            tab.keyboard.press(key)
+        return marked()
+
+    assert press("ArrowRight", "Shift+D") == (40, "0 good, 40 defect")
+    # One of them is another, in the middle of the large pictures; caps lock is no shift.
+    assert press("Enter", "ArrowRight", "G") == (40, "1 good, 39 defect")
+    assert press("Escape", "Shift+D", "Shift+D") == (0, "0 good, 0 defect")
+    # The fifth arrow leaves the kind, unless all of it is shown.
+    assert press("ArrowRight", "ArrowRight", "ArrowRight", "g") == (0, "1 good, 0 defect")
+    assert press("ArrowLeft", "m", "d") == (1, "1 good, 1 defect")
+    assert tab.locator("li:visible").count() == 45
+    assert tab.locator("li:has(:focus) dl dd").last.text_content().startswith("11")
+    tab.get_by_role("button", name="all good").nth(1).click()
+    assert marked() == (1, "6 good, 1 defect")
+    # In no kind, an image is alone.
+    tab.locator(".open").last.focus()
+    assert press("Shift+G") == (1, "7 good, 1 defect")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Save marks").click()
+    download.value.save_as(tmp_path / "marks.jsonl")
+    marks = read_marks(str(tmp_path / "marks.jsonl"))
+    assert marks.good == {"nut": [*(f"{tmp_path}/{i}.png" for i in range(7))]}
+    assert marks.other == {"defect": 1}
+    assert messages == []
+    tab.close()
+
+
+@pytest.mark.parametrize(("sizes", "shown"), [([], 0), ([1], 1), ([2600, 2399, 1], 9)])
+def test_a_page_of_any_number_of_alarms_shows_a_few_of_each_kind(
+    browser: Any, tmp_path: Path, sizes: list[int], shown: int
+) -> None:
+    page = write_alarms(tmp_path, sizes).as_uri()
+    check_page(browser, page)
+    tab, _ = open_tab(browser, page)
+    assert (tab.locator("li").count(), tab.locator("li:visible").count()) == (sum(sizes), shown)
     tab.close()

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 # Columns of SCORED that are fields of a result.
 _COPIED = (
     *("score", "fine_score", "coarse_score", "p_value", "is_anomalous", "threshold", "area", "pixel_threshold"),
-    *("regions", "region_count", "seed", "model_id"),
+    *("regions", "region_count", "peak_features", "seed", "model_id"),
 )
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
