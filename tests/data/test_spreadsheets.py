@@ -94,7 +94,7 @@ def test_rows_are_exported_without_pictures_and_a_damaged_file_is_named(tmp_path
         write_rows(output, rows, number)
     ((name, data),) = encode_tables({"rows": row_reader(output)}, "csv")
     frame = pd.read_csv(io.BytesIO(data))
-    pictures = {"heatmap_png", "overlay_jpeg", "anomaly_map"}
+    pictures = {"heatmap_png", "overlay_jpeg", "region_mask_png", "anomaly_map"}
     assert frame.columns.tolist() == [each for each in rows.column_names if each not in pictures]
     assert frame[["uri", "line"]].to_numpy().tolist() == [["a", 7], ["b", 8]] * 2
     # A run that starts over removes it.

@@ -13,7 +13,6 @@ from stpm.data import decoding, image_files, mvtec
 from stpm.data.decoding import Decoded
 from stpm.data.image_files import ImageRef
 from stpm.data.image_statistics import COMPARED
-from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.scoring.schema import MANIFEST
 from stpm.scoring.stages.decode import Decode
@@ -49,7 +48,7 @@ def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
     release = threading.Event()
     original = decoding.decode
     monkeypatch.setattr(
-        decoding, "decode", lambda data, how: (data in hanging and release.wait(60), original(data, how))[1]
+        decoding, "decode", lambda data, *how: (data in hanging and release.wait(60), original(data, *how))[1]
     )
     out = Decode(PREPROCESSING, seconds=1.0)(rows)
     release.set()
@@ -74,11 +73,11 @@ def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
     turn = threading.Lock()
     original = decoding.decode
 
-    def decode_slowly(data: bytes, preprocessing: Preprocessing) -> Decoded:
+    def decode_slowly(data: bytes, *how: Any) -> Decoded:
         assert turn.acquire(blocking=False), "two images are decoded at the same time"
         time.sleep(0.2)
         turn.release()
-        return original(data, preprocessing)
+        return original(data, *how)
 
     monkeypatch.setattr(decoding, "decode", decode_slowly)
     out = Decode(PREPROCESSING, seconds=1.0, fetchers=3)(manifest(run).slice(0, 8))

@@ -215,7 +215,7 @@ def test_images_of_other_proportions_are_scored_without_padding(
         np.testing.assert_array_equal(levels, record.heatmap_scale.apply(raw))
         highest = np.sort(raw.ravel())[-max(round(recipe.top_fraction * raw.size), 1) :]
         assert row["score"] == pytest.approx(highest.mean(), rel=1e-6)
-        assert row["area"] == pytest.approx((raw > np.float32(row["threshold"])).mean())
+        assert row["area"] == pytest.approx((raw > np.float32(row["pixel_threshold"])).mean())
         y, x = np.unravel_index(raw.argmax(), raw.shape)
         expected = left + int((x + 0.5) * across / 48), int((y + 0.5) * 32 / shape[0])
         assert (row["peak_x"], row["peak_y"]) == expected
