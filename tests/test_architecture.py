@@ -38,5 +38,5 @@ def test_paths_and_functions_exist() -> None:
 def test_every_part_is_in_the_table() -> None:
     table = section("Folders")
     for path in (REPOSITORY / "stpm").iterdir():
-        if path.name not in ("__init__.py", "__pycache__"):
-            assert f"| `stpm/{path.name}{'/' if path.is_dir() else ''}` |" in table, path.name
+        if path.is_dir() and path.name != "__pycache__":
+            assert f"| `stpm/{path.name}/` |" in table, path.name
