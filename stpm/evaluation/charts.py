@@ -27,8 +27,12 @@ _INK = "#010203"
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark.
-    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]),
+    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark. Then,
+    # for products with more defect types, colours of Paul Tol's.
+    "axes.prop_cycle": cycler(
+        color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+        + ["#882255", "#999933", "#661100", "#44aa99", "#6699cc", "#aa4466"]
+    ),
     "font.family": "sans-serif",
     "font.size": 9,
     # Pixel curves have up to 131,072 points.
@@ -127,7 +131,8 @@ def _draw_histogram(axes: Axes, scores: LabelledScores) -> None:
         # Powers of ten need mathematical text, which is off.
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=7, loc="upper right")
+    # Beside the bars, which may be anywhere.
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
 def _draw_losses(axes: Axes, history: Mapping[str, Sequence[float]], kept_epoch: int) -> None:

@@ -80,7 +80,7 @@ def find_regions(
                 ceil(left + (x + across_slice.stop) * across - _EPS),
                 ceil(top + (y + down_slice.stop) * down - _EPS),
                 max(round(size * across * down), 1),
-                size / inspected,
+                float(size / inspected),
                 float(inside[peak_y, peak_x]),
                 *preprocessing.to_original(start_x + peak_x, start_y + peak_y, width, height),
             )
