@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import NoReturn, overload
 from weakref import WeakValueDictionary
 
@@ -23,6 +23,7 @@ from stpm.data import pictures
 from stpm.data.decoding import Decoded, decode
 from stpm.data.mvtec import read_tests
 from stpm.data.pictures import Picture
+from stpm.data.rois import read_roi
 from stpm.errors import ConfigError, ImageError, ModelError, one_line
 from stpm.lease import hold_lease
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
@@ -233,10 +234,20 @@ class Detector:
     def score(self, images: Picture, *, false_alarm_rate: float = ..., region_rate: float = ...) -> Result: ...  # type: ignore[overload-overlap]
     @overload
     def score(
-        self, images: Iterable[Picture], *, false_alarm_rate: float = ..., region_rate: float = ...
+        self,
+        images: Iterable[Picture],
+        *,
+        false_alarm_rate: float = ...,
+        region_rate: float = ...,
+        rois: Iterable[str] = ...,
     ) -> Iterator[Result]: ...
     def score(
-        self, images: Picture | Iterable[Picture], *, false_alarm_rate: float = 0.01, region_rate: float = 0.1
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        false_alarm_rate: float = 0.01,
+        region_rate: float = 0.1,
+        rois: Iterable[str] = (),
     ) -> Result | Iterator[Result]:
         """Score one image, or many one after the other, of which a few are in memory at a time.
 
@@ -246,6 +257,7 @@ class Detector:
             false_alarm_rate: fraction of good images to call anomalous at most, in (0, 1). n calibration images support
                 no rate below 1/(n+1). Where a person decided the threshold, the rate does not change it.
             region_rate: fraction of good images to find any region in at most, likewise; it decides no alarm.
+            rois: of many images, the URI of the mask of each one's own region of interest, "" for none.
 
         Returns:
             The image's result; of many, an iterator over their results, in which an image that cannot be scored is a
@@ -266,12 +278,14 @@ class Detector:
             if result.error:
                 raise result.error
             return result
-        return self._score_each(images, rates)
+        return self._score_each(images, rates, rois)
 
-    def _score_each(self, images: Iterable[Picture], rates: tuple[float, float]) -> Iterator[Result]:
-        remaining = iter(images)
+    def _score_each(
+        self, images: Iterable[Picture], rates: tuple[float, float], rois: Iterable[str] = ()
+    ) -> Iterator[Result]:
+        remaining, own = iter(images), chain(rois, repeat(""))
         while batch := list(islice(remaining, self.teacher.preprocessing.batch_size)):
-            outcomes = [self._decode(image) for image in batch]
+            outcomes = [self._decode(image, next(own)) for image in batch]
             decoded = [outcome for outcome in outcomes if isinstance(outcome, Decoded)]
             scored: Iterator[Result] = iter(())
             if decoded:
@@ -286,9 +300,9 @@ class Detector:
                 else:
                     yield dataclasses.replace(next(scored), picture=image, statistics=outcome.statistics)
 
-    def _decode(self, image: Picture) -> Decoded | ImageError:
+    def _decode(self, image: Picture, roi: str) -> Decoded | ImageError:
         try:
-            return decode(pictures.fetch(image), self.preprocessing)
+            return decode(pictures.fetch(image), self.preprocessing, read_roi(roi) if roi else None)
         except ImageError as error:
             name = pictures.name_of(image)
             return ImageError(error.kind, f"{name}: {error}" if name else str(error))
@@ -430,7 +444,8 @@ class Detector:
             DataError: if there are no test images.
         """
         tests = read_tests(os.fspath(folder))
-        results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate)
+        rois = [test.roi for test in tests]
+        results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate, rois=rois)
         images = (
             (
                 ScoredImage(

@@ -18,13 +18,15 @@ import stpm
 from stpm import storage
 from stpm.data import mvtec
 from stpm.data.decoding import decode, decode_picture
-from stpm.data.heatmaps import resize_map
-from stpm.data.rois import parse_roi
+from stpm.data.heatmaps import read_shown, resize_map
+from stpm.data.rois import parse_roi, read_roi
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.fitting.fit_categories import read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
+from stpm.line.add_good import add_good
+from stpm.line.marks import read_marks
 from stpm.method.fusion import AnomalyMap
 from stpm.method.preprocessing import Preprocessing, Resize, unpack
 from stpm.method.recipe import Recipe
@@ -302,3 +304,67 @@ def test_polygons_and_files_are_read_alike(tmp_path: Path) -> None:
     two = parse_roi("6,4 19,4 19,9 33,9 33,17 6,17; 0,40 5,40 5,47", str(image)).mask
     assert (two[:20] == MASK[:20]).all()
     assert two[40, 2]
+
+
+def test_people_and_jobs_see_alike_an_image_with_a_region_of_its_own(tmp_path: Path) -> None:
+    """In evaluation, in feedback, and in pictures of what the model sees."""
+    make_category(str(tmp_path / "data"), "nut", train=8, good=4, defects=2)
+    put_roi(tmp_path, np.ones(SHAPE, bool))
+    # The defects are not inspected.
+    own = np.zeros(SHAPE, bool)
+    own[30:] = True
+    for name in ("000", "001"):
+        put_roi(tmp_path, own, f"roi/test/square/{name}.png")
+    fit(tmp_path, "nut", MODELS["memory"])
+    preprocessing = record(tmp_path).preprocessing
+    drawn = write_heatmaps(
+        score(tmp_path), tmp_path / "run", heatmaps_in="parquet", preprocessing={"nut": preprocessing}
+    )
+    output = RunOutput.single(str(tmp_path / "run"))
+    write_rows(output, drawn)
+    of_jobs = measure_category(read_scores(ScoredCategory(output, "nut", preprocessing))).values
+    of_detector = stpm.load(tmp_path / "models", "nut", backend="pytorch").evaluate(
+        tmp_path / "data/nut/test", false_alarm_rate=0.3
+    )
+    assert of_detector.values["image_auroc"] == pytest.approx(of_jobs["image_auroc"])
+    row = drawn.to_pylist()[-1]
+    shown = read_shown(row, output.folder, preprocessing, 512, 1024)
+    assert shown
+    assert shown[0].shape[1] / shown[0].shape[0] == pytest.approx(40 / 48, rel=0.02)
+    marks = tmp_path / "data/marks.jsonl"
+    marks.write_text(json.dumps({name: row[name] for name in ("uri", "category", "roi")} | {"label": "good"}))
+    store = ModelStore(str(tmp_path / "models"))
+    assert add_good(store, read_marks(str(marks)), 0.1, "pytorch", wait=False) == (1, 0)
+    calibration = store.calibration_scores(record(tmp_path))
+    assert calibration.filter(calibration["is_added"])["score"].to_pylist() == pytest.approx([row["score"]], rel=1e-4)
+
+
+@pytest.mark.parametrize("others", ["a block", "nothing"])
+def test_a_defect_on_a_line_of_a_pixel_or_two_is_seen(tmp_path: Path, others: str) -> None:
+    shape = (256, 256)
+    rng = np.random.default_rng(0)
+    for name in [*(f"train/good/{i}" for i in range(8)), "test/good/0", "test/square/0"]:
+        pixels = rng.integers(90, 130, (*shape, 3), dtype=np.uint8)
+        if "square" in name:
+            pixels[196:216, 100:140] = rng.integers(0, 255, (20, 40, 3))
+        storage.publish(str(tmp_path / f"data/nut/{name}.png"), encode_image(pixels))
+    mask = np.zeros(shape, bool)
+    mask[202:208] = mask[255, 255] = mask[0, 0] = True
+    mask[:100] |= others == "a block"
+    put_roi(tmp_path, mask)
+    fit(tmp_path, "nut", MODELS["student and memory"])
+    good, defect = (
+        np.frombuffer(row["anomaly_map"], np.float32).reshape(64, 64) for row in score(tmp_path).to_pylist()
+    )
+    assert np.nanmax(defect[48:54, 26:34]) > np.nanmax(good)
+
+
+def test_a_mask_may_be_a_jpeg_or_of_zeros_and_ones(tmp_path: Path) -> None:
+    y, x = np.mgrid[:256, :256]
+    mask = (y - 128) ** 2 + (x - 128) ** 2 < 50**2
+    (tmp_path / "a.jpg").write_bytes(encode_image(mask.astype(np.uint8) * 255, "JPEG"))
+    (tmp_path / "b.png").write_bytes(encode_image(mask.astype(np.uint8)))
+    assert (read_roi(str(tmp_path / "a.jpg")).mask == mask).mean() > 0.995
+    assert (read_roi(str(tmp_path / "b.png")).mask == mask).all()
+    with pytest.raises(ConfigError, match=r"shape \(2, 2, 3\); give one value for each pixel"):
+        Roi.of_mask(np.ones((2, 2, 3), bool))

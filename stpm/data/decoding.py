@@ -154,11 +154,13 @@ def _soften(rgb: Image.Image, inside: Image.Image, colour: tuple[int, int, int])
 
 
 @_decoding_errors()
-def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
+def decode_picture(
+    data: bytes, preprocessing: Preprocessing, shorter: int, longest: int, roi: Roi | None = None
+) -> Pixels:
     """Decode the part of an image that the model sees, in the image's own proportions: (H, W, 3) uint8 RGB.
 
-    Its shorter side has `shorter` pixels, or fewer where the longer side would exceed `longest`. What the preprocessing
-    does not inspect is paler. Raises ImageError.
+    Its shorter side has `shorter` pixels, or fewer where the longer side would exceed `longest`. What is outside of the
+    image's own region of interest `roi`, or else of that of the preprocessing, is paler. Raises ImageError.
     """
     image = _open_header(data)
     size = preprocessing.picture_size(*image.size, shorter, longest)
@@ -168,7 +170,7 @@ def decode_picture(data: bytes, preprocessing: Preprocessing, shorter: int, long
     image.draft(None, tuple(np.ceil(2 * np.array(size) * whole / (box[1] - box[0])).astype(int)))
     box = np.minimum(box * image.size / whole, image.size)
     picture = _as_rgb(_load(image)).resize(size, Image.Resampling.BILINEAR, box=tuple(box.ravel()))
-    if (roi := preprocessing.roi) and (roi.width, roi.height) == tuple(whole.tolist()):
+    if (roi := roi or preprocessing.roi) and (roi.width, roi.height) == tuple(whole.tolist()):
         seen = preprocessing.source_box(roi.width, roi.height)
         inside = Image.fromarray(roi.mask).convert("L").resize(size, Image.Resampling.BILINEAR, box=seen)
         picture = Image.composite(picture, Image.blend(picture, Image.new("RGB", size, "white"), _PALE), inside)

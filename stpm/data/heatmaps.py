@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -152,13 +151,12 @@ def read_shown(
 def _read_picture(row: Mapping[str, Any], preprocessing: Preprocessing, shorter: int, longest: int) -> Pixels:
     image = ImageRef.of_row(row)
     data = image_files.read_small(image)
-    if row.get("roi"):
-        preprocessing = replace(preprocessing, roi=read_roi(row["roi"]))
+    roi = read_roi(row["roi"]) if row.get("roi") else None
     if data is not None and math.prod(decoding.read_size(data)) <= _SMALL_PIXELS:
-        return decoding.decode_picture(data, preprocessing, shorter, longest)
+        return decoding.decode_picture(data, preprocessing, shorter, longest, roi)
 
     def decode() -> Pixels:
         whole = image_files.read(image) if data is None else data
-        return decoding.decode_picture(whole, preprocessing, shorter, longest)
+        return decoding.decode_picture(whole, preprocessing, shorter, longest, roi)
 
     return _LARGE.submit(decode).result()

@@ -22,7 +22,9 @@ def read_roi(uri: str) -> Roi:
         ImageError: if its mask cannot be read, or is black.
     """
     try:
-        return Roi.of_mask(np.asarray(decoding.open_grey(read_uri(uri))) > 0)
+        levels = np.asarray(decoding.open_grey(read_uri(uri)))
+        # A mask may be of zeros and ones, or a JPEG, whose black is not all 0.
+        return Roi.of_mask(levels > levels.max() / 2)
     except ImageError as error:
         raise ImageError(error.kind, f"its region of interest {uri}: {error}") from error
     except ConfigError as error:

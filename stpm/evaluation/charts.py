@@ -27,11 +27,13 @@ _INK = "#010203"
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark. Then,
-    # for products with more defect types, colours of Paul Tol's.
+    # Okabe and Ito's palette without its black and yellow: the colour-blind can tell them apart on light and dark. For
+    # products with more defect types then colours of Paul Tol's.
     "axes.prop_cycle": cycler(
-        color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
-        + ["#882255", "#999933", "#661100", "#44aa99", "#6699cc", "#aa4466"]
+        color=(
+            *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+            *("#882255", "#999933", "#661100", "#44aa99", "#6699cc", "#aa4466"),
+        )
     ),
     "font.family": "sans-serif",
     "font.size": 9,

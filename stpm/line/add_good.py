@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ def add_good(
     done, refused = 0, dict(marks.refused)
     with hold_lease(store.uri, wait):
         for category, uris in marks.good.items():
-            problems = _add_to_category(store, category, uris, false_alarm_rate, backend)
+            problems = _add_to_category(store, category, uris, marks.rois, false_alarm_rate, backend)
             done += len(uris) - len(problems)
             refused |= problems
     if marks.other:
@@ -75,12 +76,17 @@ def add_good(
 
 
 def _add_to_category(
-    store: ModelStore, category: str, uris: Sequence[str], false_alarm_rate: float, backend: WantedBackend
+    store: ModelStore,
+    category: str,
+    uris: Sequence[str],
+    rois: Mapping[str, str],
+    false_alarm_rate: float,
+    backend: WantedBackend,
 ) -> dict[str, str]:
     """Add images to a category's model; return by URI why an image cannot be added. Those added before stay."""
     try:
         detector = load(store.uri, safe_name(category, "category"), backend=backend)
-        new, refused = _score_new(detector, uris)
+        new, refused = _score_new(detector, uris, rois)
     except (DataError, ModelError) as error:
         return dict.fromkeys(uris, str(error))
     if not new:
@@ -93,11 +99,15 @@ def _add_to_category(
     return refused
 
 
-def _score_new(detector: Detector, uris: Sequence[str]) -> tuple[list[_NewImage], dict[str, str]]:
+def _score_new(
+    detector: Detector, uris: Sequence[str], rois: Mapping[str, str]
+) -> tuple[list[_NewImage], dict[str, str]]:
     """Return the images that were not added to the detector's model before, each once; and why others cannot be."""
     before = {image.digest for image in detector.record.added_images}
     copies: dict[str, list[str]] = {}
     refused: dict[str, str] = {}
+    # Of the new images, in their order.
+    own: deque[str] = deque()
 
     def new_files() -> Iterator[bytes]:
         for start in range(0, len(uris), _BATCH_SIZE):
@@ -109,12 +119,13 @@ def _score_new(detector: Detector, uris: Sequence[str]) -> tuple[list[_NewImage]
                     copies[digest].append(uri)
                 elif digest not in before:
                     copies[digest] = [uri]
+                    own.append(rois.get(uri, ""))
                     yield data
 
     # Of each result, keep a few numbers: a map for each of many images would not fit the memory.
     outcomes = [
         result.error or (result.score, float(np.nanmax(result.model_map)), (*result.size, *(result.statistics or ())))
-        for result in detector.score(new_files())
+        for result in detector.score(new_files(), rois=iter(own.popleft, None))
     ]
     found = []
     for (digest, same), outcome in zip(copies.items(), outcomes, strict=True):

@@ -22,11 +22,13 @@ class Marks:
     Args:
         good: URIs of the images that are marked as good, by category.
         other: number of images without the label good, by each of their labels, such as `defect`.
+        rois: of images with a region of interest of their own, the URI of its mask, by theirs.
         refused: images that are marked as good and cannot be used, by URI or row, with the reason.
     """
 
     good: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     other: Counter[str] = field(default_factory=Counter)
+    rois: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -46,6 +48,7 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
         raise DataError(f"{table}: a table is a file of {', '.join(tables.SUFFIXES)}; name one")
     labels: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     unusable: dict[str, str] = {}
+    rois: dict[str, str] = {}
     first = 0
     for part in tables.read(uri):
         if "uri" not in part.schema.names:
@@ -54,10 +57,12 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
             if categories and row["category"] not in categories:
                 continue
             labels[row["uri"], row["category"]].add(row["label"])
+            if row["roi"]:
+                rois[row["uri"]] = row["roi"]
             if row["error_kind"]:
                 unusable[row["uri"]] = row["error_message"]
         first += part.num_rows
-    marks = Marks()
+    marks = Marks(rois=rois)
     for (image, category), found in labels.items():
         if GOOD not in found:
             marks.other.update(found)

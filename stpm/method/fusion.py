@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 from stpm.method.recipe import FusionMethod
 from stpm.method.scales import DistanceScale, Floats
@@ -86,12 +86,17 @@ def sample_distances(maps: Tensor, valid: Tensor | None = None, total_images: in
 def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | None = None) -> Tensor:
     """Upsample distance maps of one level or bank bilinearly to the input's shape: (B, Hₗ, Wₗ) to (B, height, width).
 
-    Next to a position that is not `valid` the result has the value of the valid one; far from every valid position it
-    is meaningless.
+    Next to a position that is not `valid` the result has the value of the valid one, one position farther the mean of
+    the valid ones there; far from every valid position it is meaningless.
     """
     if valid is None:
         return _resize(distances, input_shape)
-    return _resize(distances * valid, input_shape) / _resize(valid.float(), input_shape).clamp_min(_EPS)
+    values, weight = distances * valid, valid.float()
+    near, near_weight = (avg_pool2d(each[:, None], 3, stride=1, padding=1)[:, 0] for each in (values, weight))
+    (values, weight), (near, near_weight) = (
+        [_resize(each, input_shape) for each in pair] for pair in ((values, weight), (near, near_weight))
+    )
+    return torch.where(weight > 0, values / weight.clamp_min(_EPS), near / near_weight.clamp_min(_EPS))
 
 
 @dataclass(frozen=True)

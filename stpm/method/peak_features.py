@@ -39,7 +39,8 @@ def peak_features(
         shape: height and width of the input, pixels.
 
     Returns:
-        (64,) float32 of length 1 in values of half precision; None if the model has no memory.
+        (64,) float32 of length 1 in values of half precision; None if the model has no memory of
+        features, or the peak is just as normal ones in it.
     """
     described = [
         (_descriptor(bank.spec, features[bank.spec.level_index], peak, content, shape) - bank.mean) @ bank.whitening
@@ -50,6 +51,8 @@ def peak_features(
         return None
     joined = torch.cat([normalize(each, dim=0) for each in described])
     projected = joined @ _projection(len(joined)).to(joined.device)
+    if not projected.any():
+        return None
     return normalize(projected, dim=0).half().float().cpu().numpy()
 
 

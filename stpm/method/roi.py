@@ -36,6 +36,8 @@ class Roi:
         Raises:
             ConfigError: if no pixel is inspected.
         """
+        if mask.ndim != 2:
+            raise ConfigError(f"the mask has the shape {mask.shape}; give one value for each pixel, (height, width)")
         if not mask.any():
             raise ConfigError("no pixel is inside; white pixels (above 0) are inspected, black ones ignored")
         height, width = mask.shape

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, one_hot
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, max_pool2d, one_hot
 from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
@@ -172,14 +172,16 @@ def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int
 def inspected_positions(inspected: bytes, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Mark the positions of a pyramid level at least half of whose pixels are inspected: (h, w) bool of this shape.
 
-    Where there are none, those that are inspected most are marked. `inspected` is as in `Content`.
+    Where none is near, those with any inspected pixel are marked: each such pixel has a marked position beside it.
+    `inspected` is as in `Content`.
 
     >>> inspected_positions(bytes([0b11101100]), (2, 4), (1, 2)).int()
     tensor([[1, 0]], dtype=torch.int32)
     """
     pixels = torch.from_numpy(unpack(inspected, input_shape))
-    share = adaptive_avg_pool2d(pixels[None].float(), shape)[0]
-    return share >= share.max().clamp(max=0.5)
+    share = adaptive_avg_pool2d(pixels[None].float(), shape)
+    is_thin = max_pool2d(share, 3, stride=1, padding=1) < 0.5
+    return ((share >= 0.5) | (is_thin & (share > 0)))[0]
 
 
 def _inside(start: Tensor, stop: Tensor, length: int, positions: int) -> Tensor:
