@@ -310,7 +310,10 @@ def _read_values(options: Mapping[str, _Option], kept: Sequence[tuple[str, str, 
     lists: dict[str, Any] = {}
     for name, text, where in (*in_environment, *kept):
         if name == "config":
-            values |= _read_config(text, options)
+            found = dict(_read_config(text, options))
+            if "by_category" in values and "by_category" in found:
+                raise ConfigError(f"--config {hide_urls(text)}: another file has options by category, too; join them")
+            values |= found
             continue
         values[name] = options[name].parse(text, where)
         if not where and isinstance(values[name], tuple):
@@ -371,6 +374,8 @@ def _read_categories(
                 raise _no_option(flag(name), map(flag, known), f"{line}: ")
             own[name] = known[name].parse(loader.construct_object(value, deep=True), line)
         entries[category] = _Entry(file, f"{where}, category {category}", own)
+    if only and not entries:
+        raise ConfigError(f'{file}: categories has "*": no alone, which leaves none; name those to fit')
     yield "by_category", entries
     if only:
         yield "categories", Names(entries)

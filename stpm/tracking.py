@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stpm import storage
-from stpm.errors import ConfigError, StpmError, one_line
+from stpm.errors import ConfigError, one_line
 from stpm.fitting.task import FitResult
 from stpm.models.store import ModelStore
 from stpm.names import hide_urls
@@ -49,10 +49,10 @@ class Tracker:
             from mlflow import MlflowClient, entities, exceptions
         except ImportError as error:
             raise ConfigError("--track needs MLflow, which is not installed; pip install 'stpm[mlflow]'") from error
-        self._entities, self._errors = entities, (exceptions.MlflowException, OSError, StpmError)
+        self._entities = entities
         try:
             self._client = MlflowClient(uri)
-        except exceptions.MlflowException as error:
+        except (exceptions.MlflowException, ImportError) as error:
             raise ConfigError(hide_urls(f"--track is {uri}: {one_line(error)}")) from error
 
     def log_fits(self, fits: Sequence[FitResult]) -> None:
@@ -109,6 +109,7 @@ class Tracker:
     def _warnings(self, what: str) -> Iterator[None]:
         try:
             yield
-        except self._errors as error:
+        except Exception as error:  # noqa: BLE001
+            # Libraries of artifact stores raise exceptions of their own.
             remedy = "nothing else is lost; the same command fits nothing again, and logs what is not there"
             log.warning(hide_urls(f"{what} cannot be logged to MLflow: {one_line(error)}; {remedy}"))

@@ -146,6 +146,7 @@ FILE_ERRORS = [
             ("{}\n  '*': maybe", "FILE, category * has no lines `option: value`"),
         )
     ),
+    ("fit", b"categories: {'*': no}\n", 'FILE: categories has "*": no alone, which leaves none; name those to fit'),
     # Only a job that fits has options of single categories.
     ("models", b"categories: {pill: {}}\n", "--categories is {'pill': {}} in FILE, line 1; give TEXT,TEXT,..."),
     *(
@@ -153,6 +154,14 @@ FILE_ERRORS = [
         for name, null in (("memory", "null"), ("size", "~"), ("student", ""), ("preset", "Null"))
     ),
 ]
+
+
+def test_two_files_with_options_of_single_categories_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    files[0].write_text("categories: {a: {pixels: 400000}, '*': no}")
+    files[1].write_text("categories: {b: {pixels: 500000}}")
+    with pytest.raises(ConfigError, match=r"b\.yaml: another file has options by category, too; join them"):
+        COMMANDS["fit"].parse([word for file in files for word in ("--config", str(file))])
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILE_ERRORS, ids=range(len(FILE_ERRORS)))

@@ -163,3 +163,12 @@ def test_a_uri_with_a_password_and_tracking_without_a_fit_are_refused() -> None:
         FitOptions("data", "models", track="http://me:SECRET@mlflow")
     with pytest.raises(ConfigError, match="--track is given with --add-good"):
         FitOptions("data", "models", add_good="marks.jsonl", track="http://mlflow")
+
+
+def test_an_exception_of_an_artifact_stores_library_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker("", "x")
+    with tracker._warnings("models"):
+        raise RuntimeError("NoCredentialsError: cannot find credentials")
+    assert "models cannot be logged to MLflow: RuntimeError: NoCredentialsError: cannot find credentials" in caplog.text

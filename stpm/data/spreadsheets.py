@@ -39,7 +39,7 @@ def encode_tables(tables: Mapping[str, pa.RecordBatchReader], kind: Export) -> I
             for name, reader in tables.items():
                 for i, row in enumerate(_rows(reader, lambda text: text[:_MAX_TEXT])):
                     if i % _MAX_ROWS == 0:
-                        sheet = book.add_worksheet(f"{name}{i // _MAX_ROWS or ''}")
+                        sheet = book.add_worksheet(f"{name} ({i // _MAX_ROWS + 1})" if i else name)
                     sheet.write_row(i % _MAX_ROWS, 0, row)
         yield f"{next(iter(tables))}.xlsx", file.getvalue()
 

@@ -42,7 +42,10 @@ def read_run(folder: str, models: str) -> Run:
         check_row_count(output)
         for record in read_models(output, models)[1]:
             if record.category in found:
-                raise DataError(f"{folder}: several runs have scored {record.category}, as of several seeds; give one")
+                raise DataError(
+                    f"{folder}: several runs have scored {record.category}, of several seeds or late images; score "
+                    "them with one model, by the score job, and compare that run"
+                )
             found[record.category] = ScoredCategory(output, record.category, record.preprocessing), record
         with naming_damaged_file(output):
             tables.append(open_rows(output, _COLUMNS).to_table(columns=_COLUMNS))

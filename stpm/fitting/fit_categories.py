@@ -55,7 +55,7 @@ def read_categories(
         except DataError as error:
             raise DataError(f"categories in {own[0].file}: {error}") from error
     in_lower_case = Counter(map(str.casefold, names))
-    rois = {each.category: each.roi for each in own if each.roi}
+    rois = {each.category: each.roi for each in own}
 
     def read(name: str) -> mvtec.Category | DataError | PermissionError:
         if in_lower_case[name.casefold()] > 1:
@@ -199,7 +199,7 @@ def _reused_model(task: FitTask) -> ModelRecord | None:
             f"a new model begins without the images that were added to {current.model_id} ({added}): give their tables "
             "to --add-good again",
         )
-    if current.decision and not task.decision:
+    if current.decision:
         _log(task, f"a new model begins without the threshold of {current.model_id}: {current.decision}")
     return None
 

@@ -269,7 +269,7 @@ def test_boxes_lie_over_the_regions_of_the_part_that_is_shown(browser: Any, tmp_
     cropped = dataclasses.replace(NUT, preprocessing=make_preprocessing(64, resize="crop"))
     write_triage(output, scan_rows(output, 1), 1, {"nut": cropped})
     tab, messages = open_tab(browser, (tmp_path / "triage.html").as_uri())
-    assert "21, the largest 6 % of the image" in tab.locator("dd").all_text_contents()
+    assert "21, the largest 6 % of what is inspected" in tab.locator("dd").all_text_contents()
     box, picture = (tab.locator(name).first.bounding_box() for name in (".regions rect", ".pair svg"))
     shown = [box["x"] - picture["x"], box["y"] - picture["y"], box["width"], box["height"]]
     expected = [picture["width"] * part for part in (50 / 200, 50 / 200, 60 / 200, 40 / 200)]
