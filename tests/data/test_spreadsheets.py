@@ -72,7 +72,7 @@ def test_xlsx_is_read_back_as_text_and_numbers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(spreadsheets, "_MAX_ROWS", 10)
     ((name, data),) = encode("xlsx", report=TABLE, defects=TABLE.slice(12)).items()
     book = openpyxl.load_workbook(io.BytesIO(data))
-    assert (name, book.sheetnames) == ("report.xlsx", ["report", "report1", "defects"])
+    assert (name, book.sheetnames) == ("report.xlsx", ["report", "report (2)", "defects"])
     assert {cell.data_type for sheet in book for row in sheet.rows for cell in row if cell.value is not None} == {
         *"snb"
     }
