@@ -337,9 +337,12 @@ class Detector:
         ):
             y, x = anomaly_map.peak
             fine, coarse, *_ = (*of_views, None, None)
-            found = find_regions(anomaly_map.total, pixel_threshold, preprocessing, width, height)
-            regions, region_count, area = found
-            at_peak = [level[i] for level in features], (x, y), content.boxes[i].tolist(), preprocessing.input_shape
+            regions, region_count, area = find_regions(anomaly_map.total, pixel_threshold, preprocessing, width, height)
+            looks_like = None
+            if total > threshold:
+                box = content.boxes[i].tolist()
+                own = [level[i] for level in features]
+                looks_like = peak_features(self.memory, own, (x, y), box, preprocessing.input_shape)
             results.append(
                 Result(
                     score=float(total),
@@ -349,7 +352,7 @@ class Detector:
                     is_anomalous=bool(total > threshold),
                     threshold=float(threshold),
                     peak=preprocessing.to_original(x, y, width, height),
-                    peak_features=peak_features(self.memory, *at_peak) if total > threshold else None,
+                    peak_features=looks_like,
                     pixel_threshold=pixel_threshold,
                     area=area,
                     region_count=region_count,

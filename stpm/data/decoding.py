@@ -40,7 +40,7 @@ DECODING_BYTES = 8 * MAX_PIXELS
 # How much of white what is not inspected has in pictures for people.
 _PALE = 0.7
 # How far the inside of a region of interest is continued, pixels at model size, and the weight of what it fades to.
-_SOFT_PIXELS, _FADED = 16, 0.1
+_SOFT, _FADED = ImageFilter.BoxBlur(16), 0.1
 
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -109,7 +109,7 @@ def decode(fetched: Fetched, preprocessing: Preprocessing, roi: Roi | None = Non
         resampling = _RESAMPLING[preprocessing.interpolation]
         rgb = rgb.resize(content[::-1], resampling, box=preprocessing.source_box(width, height))
     if roi:
-        rgb = _soften(rgb, region.inside, preprocessing.padding_colour)
+        rgb = _soften(rgb, region, preprocessing.padding_colour)
     if content != preprocessing.input_shape:
         padded = Image.new("RGB", (preprocessing.width, preprocessing.height), preprocessing.padding_colour)
         padded.paste(rgb, preprocessing.content_box(width, height))
@@ -120,10 +120,16 @@ def decode(fetched: Fetched, preprocessing: Preprocessing, roi: Roi | None = Non
 
 
 class _Region(NamedTuple):
-    """A region of interest, of an image's own pixels, and of those that the model sees; and `Content.inspected`."""
+    """A region of interest, of an image's own pixels, and of those that the model sees.
+
+    Args:
+        blurred: how much of what surrounds each pixel is inside, (H, W, 1) float32, 0 to 1.
+        inspected: see `Content`.
+    """
 
     mask: Image.Image
     inside: Image.Image
+    blurred: npt.NDArray[np.float32]
     inspected: bytes
 
 
@@ -141,16 +147,16 @@ def _region(roi: Roi, preprocessing: Preprocessing) -> _Region:
     left, top, right, bottom = preprocessing.content_box(roi.width, roi.height)
     whole = np.zeros(preprocessing.input_shape, bool)
     whole[top:bottom, left:right] = inside
-    return _Region(mask.convert("L"), Image.fromarray(inside).convert("L"), np.packbits(whole).tobytes())
+    shown = Image.fromarray(inside).convert("L")
+    blurred = np.asarray(shown.filter(_SOFT), np.float32)[:, :, None] / np.float32(255)
+    return _Region(mask.convert("L"), shown, blurred, np.packbits(whole).tobytes())
 
 
-def _soften(rgb: Image.Image, inside: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def _soften(rgb: Image.Image, region: _Region, colour: tuple[int, int, int]) -> Image.Image:
     """Continue the inside of a region by what is near, which fades to a colour: its border would be an edge."""
-    blur = ImageFilter.BoxBlur(_SOFT_PIXELS)
-    near = Image.composite(rgb, Image.new("RGB", rgb.size), inside).filter(blur)
-    weight = np.asarray(inside.filter(blur), np.float32)[:, :, None] / 255
-    continued = (np.asarray(near) + _FADED * np.array(colour, np.float32)) / (weight + _FADED)
-    return Image.composite(rgb, Image.fromarray(continued.round().clip(0, 255).astype(np.uint8)), inside)
+    near = Image.composite(rgb, Image.new("RGB", rgb.size), region.inside).filter(_SOFT)
+    continued = (np.asarray(near) + _FADED * np.array(colour, np.float32)) / (region.blurred + _FADED)
+    return Image.composite(rgb, Image.fromarray(continued.round().clip(0, 255).astype(np.uint8)), region.inside)
 
 
 @_decoding_errors()

@@ -151,7 +151,7 @@ class _Listed(NamedTuple):
 
 
 def _list_images(folder: str) -> _Listed:
-    train, stems, tests, masks, rois, roi = [], [], [], {}, {}, ""
+    train, tests, masks, rois, roi = [], [], {}, {}, ""
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     versions = dict(storage.file_versions(folder))
     for uri, version in versions.items():
@@ -163,8 +163,7 @@ def _list_images(folder: str) -> _Listed:
         stem = str(PurePosixPath(*parts[2:]).with_suffix(""))
         match parts:
             case ("train", "good", *_):
-                train.append((uri, version))
-                stems.append(stem)
+                train.append((uri, version, stem))
             case ("test", label, *_):
                 tests.append((uri, label, stem))
             case ("ground_truth", label, *_):
@@ -175,9 +174,8 @@ def _list_images(folder: str) -> _Listed:
     for uri, label, stem in tests:
         mask, own = masks.get((label, stem), ""), rois.get(f"test/{label}/{stem}", "")
         test.append(TestImage(uri, label, mask, own, tuple(versions[each] for each in (uri, mask, own) if each)))
-    own_rois = [(uri, rois.get(f"train/good/{stem}", "")) for (uri, _), stem in zip(train, stems, strict=True)]
-    with_versions = tuple((uri, own, versions[own]) for uri, own in own_rois if own)
-    return _Listed(tuple(train), tuple(test), with_versions, roi)
+    own_rois = ((uri, mask, versions[mask]) for uri, _, stem in train if (mask := rois.get(f"train/good/{stem}", "")))
+    return _Listed(tuple((uri, version) for uri, version, _ in train), tuple(test), tuple(own_rois), roi)
 
 
 def is_image(parts: Sequence[str]) -> bool:

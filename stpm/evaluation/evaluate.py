@@ -96,9 +96,10 @@ def publish_report(
         The exit code: 0 all done, 2 something failed or fell short, 3 nothing could be evaluated.
     """
     shortfalls = gate.shortfalls(report.contents)
-    tables = {name: table.to_reader() for name, table in report.tables().items()}
-    tables |= {f"rows-{run.name}": row_reader(run) for run in runs if export != "none"}
-    files = {**report.files(), "report.html": report.page(shortfalls).encode(), **dict(encode_tables(tables, export))}
+    files = report.files() | {"report.html": report.page(shortfalls).encode()}
+    if export != "none":
+        tables = {name: table.to_reader() for name, table in report.tables().items()}
+        files |= encode_tables(tables | {f"rows-{run.name}": row_reader(run) for run in runs}, export)
     for name, content in files.items():
         storage.publish(storage.join(out, name), content)
     log_lines(report.text())

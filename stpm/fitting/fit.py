@@ -132,9 +132,9 @@ def fit(
 
 
 def _read_roi(roi: str | os.PathLike[str] | npt.NDArray[np.bool_] | None) -> Roi | None:
-    if roi is None or isinstance(roi, np.ndarray):
-        return None if roi is None else Roi.of_mask(roi)
-    return parse_roi(os.fspath(roi))
+    if roi is None:
+        return None
+    return Roi.of_mask(roi) if isinstance(roi, np.ndarray) else parse_roi(os.fspath(roi))
 
 
 def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Picture, str]]:

@@ -81,7 +81,7 @@ def fit_detector(
         DivergedError: if a loss is not finite.
     """
     preprocessing = dataclasses.replace(teacher.preprocessing, roi=roi)
-    features = _load(teacher, preprocessing, images, rois or {}, report, ram, gpu_ram)
+    features = _load(teacher, preprocessing, images, rois, report, ram, gpu_ram)
     groups = group_images([pictures.name_of(image) for image in images], features.images.pixels, recipe)
     train, held_out = split_images(groups, recipe)
     for problem in features.images.find_problems():
@@ -169,7 +169,7 @@ def _load(
     teacher: Teacher,
     preprocessing: Preprocessing,
     pictures: Sequence[Picture],
-    rois: Mapping[str, str],
+    rois: Mapping[str, str] | None,
     report: Reporter,
     ram: int,
     gpu_ram: int,

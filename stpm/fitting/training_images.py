@@ -32,6 +32,7 @@ from stpm.method.preprocessing import (
     Preprocessing,
     choose_coarse_shape,
     choose_input_shape,
+    unpack,
 )
 from stpm.method.recipe import Recipe
 from stpm.method.roi import Roi
@@ -86,7 +87,7 @@ class TrainingImages:
         counts = (right - left) * (bottom - top)
         for i, image in enumerate(images if self.content.inspected else ()):
             if inspected := self.content.inspected[image]:
-                counts[i] = np.unpackbits(np.frombuffer(inspected, np.uint8)).sum()
+                counts[i] = unpack(inspected, self.preprocessing.input_shape).sum()
         return int(counts.sum())
 
     def scale_range(self) -> tuple[float, float]:
@@ -163,8 +164,7 @@ def preprocessing_for(recipe: Recipe, training: Sequence[Picture], roi: Roi | No
     multiple = describe_levels(recipe.teacher, tuple(recipe.levels)).side_multiple
     shape = recipe.size.sides
     if not shape:
-        left, top, right, bottom = roi.box if roi else (0, 0, 0, 0)
-        sizes = [(right - left, bottom - top)] if roi else _read_some_sizes(training)
+        sizes = [roi.box_size] if roi else _read_some_sizes(training)
         shape = choose_input_shape(sizes, recipe.pixels, multiple)
     if multiple != SIDE_MULTIPLE and any(side % multiple for side in shape):
         raise ConfigError(f"--size is {recipe.size}; {recipe.teacher} needs multiples of {multiple} pixels, or auto")
@@ -201,7 +201,7 @@ def load_images(
     one_large_image = Lock()
 
     def decode(index: int, fetched: Fetched) -> None:
-        own = (rois or {}).get(pictures.name_of(training[index]))
+        own = rois.get(pictures.name_of(training[index])) if rois else None
         roi = read_roi(own) if own else None
         is_large = math.prod(decoding.read_size(fetched)) > decoding.MAX_PIXELS // (_READERS // 2)
         with one_large_image if is_large else nullcontext():

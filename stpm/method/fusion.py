@@ -122,9 +122,14 @@ class AnomalyMap:
         return self.total.ravel() if self.outside is None else self.total[~self.outside]
 
     @property
+    def _ranked(self) -> Float32Array:
+        """Return the total with its inspected pixels above all others."""
+        return self.total if self.outside is None else np.where(self.outside, np.float32(-np.inf), self.total)
+
+    @property
     def peak(self) -> tuple[int, int]:
         """Return row and column of the largest value."""
-        y, x = divmod(int(np.nanargmax(self.total)), self.total.shape[1])
+        y, x = divmod(int(self._ranked.argmax()), self.total.shape[1])
         return y, x
 
     def inspected(self, outside: npt.NDArray[np.bool_] | None) -> AnomalyMap:
@@ -150,10 +155,8 @@ class AnomalyMap:
 
     def scores(self, top_fraction: float) -> list[float]:
         """Compute the image's score, and the mean of each view's map at the pixels that make it."""
-        total, inspected = self.total, self.total.size
-        if self.outside is not None:
-            total, inspected = np.where(self.outside, np.float32(-np.inf), total), inspected - int(self.outside.sum())
-        count = max(round(top_fraction * inspected), 1)
+        total = self._ranked
+        count = max(round(top_fraction * self.values.size), 1)
         # To partition a map takes as long as all that follows.
         top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count, None)[-count:]
         y, x = np.divmod(top, self.total.shape[1])

@@ -76,6 +76,12 @@ class Roi:
         rows, columns = (np.flatnonzero(self.mask.any(axis=axis)) for axis in (1, 0))
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
+    @property
+    def box_size(self) -> tuple[int, int]:
+        """Return width and height of the box."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
     @cached_property
     def mask(self) -> Mask:
         """Return the (height, width) bool mask, true at inspected pixels."""
