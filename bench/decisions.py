@@ -110,7 +110,7 @@ class Bench:
             content = self.features.images.content[batch]
             levels = [level.float() for level in self.features(batch)]
             maps = detector.anomaly_maps(detector.distances(self.features.inputs(batch), content, levels), content)
-            scores += [float(each.score(self.recipe.top_fraction)) for each in maps]
+            scores += [score for part in maps for score in part.scores(self.recipe.top_fraction)]
         return scores
 
 

@@ -29,10 +29,11 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method import backbones
+from stpm.method.anomaly_maps import Float32Array
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict
 from stpm.method.device import device_capabilities
-from stpm.method.fusion import Distances, Float32Array, sample_distances
+from stpm.method.fusion import Distances, sample_distances
 from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.scales import fit_scales
@@ -183,8 +184,8 @@ def measure(compared: ComparedImages, normal: ComparedImages, detector: Detector
     for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
         maps = changed.anomaly_maps(distances.select(part), compared.content[part], scales)
-        scores += [each.score(varied.top_fraction) for each in maps]
-        counts += count_pixels([each.total for each in maps], compared.truth[part])
+        scores += [score for each in maps for score in each.scores(varied.top_fraction)]
+        counts += count_pixels([total for each in maps for total in each.contents()], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
     if any(mask.any() for mask in compared.truth):
         values[1:] = counts.auroc(), counts.aupro(AUPRO_LIMITS["pixel_aupro"])

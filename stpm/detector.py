@@ -20,23 +20,22 @@ from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
-from stpm.data.decoding import Decoded, decode
+from stpm.data.decoding import Decoded, Pixels, decode
 from stpm.data.mvtec import read_tests
 from stpm.data.pictures import Picture
 from stpm.data.rois import read_roi
 from stpm.errors import ConfigError, ImageError, ModelError, one_line
 from stpm.lease import hold_lease
+from stpm.method.anomaly_maps import AnomalyMaps, Flags, Float32Array, cut_out, select_maps
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
 from stpm.method.backbones import Backbone, StateDict, load_backbone
 from stpm.method.calibration import Calibration
-from stpm.method.device import device_capabilities, is_out_of_memory, local_device
+from stpm.method.device import device_capabilities, fetch, is_out_of_memory, local_device
 from stpm.method.fusion import (
-    AnomalyMap,
     Distances,
     fuse_levels,
     fuse_views,
     map_weights,
-    nearest_positions,
     on_one_grid,
     soft_maximum,
     upsample,
@@ -48,14 +47,14 @@ from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Precision, Recipe
 from stpm.method.regions import find_regions
 from stpm.method.roi import Roi
-from stpm.method.scales import DistanceScale, Floats
+from stpm.method.scales import DistanceScale, Floats, HeatmapScale
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
 from stpm.method.views import View, choose_views, levels_of_teacher
 from stpm.metrics.category_metrics import CategoryMetrics, ScoredImage, label_scores, measure_category
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
-from stpm.result import Result
+from stpm.result import Request, Result
 
 log = logging.getLogger(__name__)
 
@@ -268,21 +267,21 @@ class Detector:
             ConfigError: if a rate is not in (0, 1).
             ModelError: if the device's memory does not suffice.
         """
-        rates = (false_alarm_rate, region_rate)
-        if not 0 < min(rates) <= max(rates) < 1:
-            raise ConfigError(f"false_alarm_rate is {rates[0]}, region_rate {rates[1]}; give numbers between 0 and 1")
+        if not (0 < false_alarm_rate < 1 and 0 < region_rate < 1):
+            raise ConfigError(
+                f"false_alarm_rate is {false_alarm_rate}, region_rate {region_rate}; give numbers between 0 and 1"
+            )
+        request = Request(false_alarm_rate, region_rate)
         if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
-            (result,) = self._score_each([images], rates)
+            (result,) = self._score_each([images], request)
             if result.error:
                 raise result.error
             return result
-        return self._score_each(images, rates, rois)
+        return self._score_each(images, request, rois)
 
-    def _score_each(
-        self, images: Iterable[Picture], rates: tuple[float, float], rois: Iterable[str] = ()
-    ) -> Iterator[Result]:
+    def _score_each(self, images: Iterable[Picture], request: Request, rois: Iterable[str] = ()) -> Iterator[Result]:
         remaining, own = iter(images), chain(rois, repeat(""))
         while batch := list(islice(remaining, self.teacher.preprocessing.batch_size)):
             outcomes = [self._decode(image, next(own)) for image in batch]
@@ -293,7 +292,7 @@ class Detector:
                 with _no_memory_as_model_error(), torch.inference_mode():
                     inputs = self.teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
                     inspected = [each.inspected for each in decoded]
-                    scored = iter(self.score_inputs(inputs, sizes, rates, inspected=inspected))
+                    scored = iter(self.score_inputs(inputs, sizes, request, inspected=inspected))
             for image, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, ImageError):
                     yield Result(picture=image, error=outcome)
@@ -311,47 +310,54 @@ class Detector:
         self,
         inputs: Inputs,
         sizes: Sequence[tuple[int, int]],
-        rates: tuple[float, float],
+        request: Request,
         features: Sequence[Tensor] = (),
         inspected: Sequence[bytes] = (),
     ) -> list[Result]:
-        """Score a batch of images of these sizes (width, height), as `distances` has them, at the rates of `score`.
+        """Score a batch of images of these sizes (width, height), as `distances` has them.
 
+        What a device computes is waited for twice: for the numbers that decide, and for what images have to show.
         `inspected` is as in `stpm.method.preprocessing.Content`.
         """
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
-        calibration = self.calibration
-        preprocessing = self.preprocessing
+        calibration, preprocessing = self.calibration, self.preprocessing
         content = preprocessing.content(sizes, inspected)
         features = features or self.teacher(inputs)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
-        scores = [each.scores(self.recipe.top_fraction) for each in maps]
-        totals = np.array([total for total, *_ in scores], np.float32)
+        scalars = np.concatenate(fetch([part.scalars(self.recipe.top_fraction) for part in maps]))
+        max_pixels, totals = scalars[:, [0, 2]].astype(np.float32).T
+        peaks = [divmod(int(at), preprocessing.width)[::-1] for at in scalars[:, 1]]
         p_values = calibration.p_values(totals)
-        threshold = np.float32(self.record.threshold(calibration.scores, rates[0]))
-        pixel_threshold = calibration.pixel_threshold(rates[1])
+        threshold = np.float32(self.record.threshold(calibration.scores, request.false_alarm_rate))
+        pixel_threshold = calibration.pixel_threshold(request.region_rate)
+        is_anomalous, has_regions = totals > threshold, max_pixels > np.float32(pixel_threshold)
+        is_drawn = {"all": np.ones_like(is_anomalous), "anomalous": is_anomalous, "none": np.zeros_like(is_anomalous)}
+        shown = self._show(
+            maps,
+            features,
+            peaks,
+            has_regions | request.maps,
+            is_drawn[request.heatmaps],
+            is_anomalous,
+            calibration.scale,
+        )
         results = []
-        for i, ((width, height), anomaly_map, total, (_, *of_views), p_value) in enumerate(
-            zip(sizes, maps, totals, scores, p_values, strict=True)
-        ):
-            y, x = anomaly_map.peak
+        for i, ((width, height), (model_map, levels, looks_like)) in enumerate(zip(sizes, shown, strict=True)):
+            left, top, *_ = content.boxes[i].tolist()
+            of_views: list[float] = scalars[i, 3:].tolist()
             fine, coarse, *_ = (*of_views, None, None)
-            regions, region_count, area = find_regions(anomaly_map.total, pixel_threshold, preprocessing, width, height)
-            looks_like = None
-            if total > threshold:
-                box = content.boxes[i].tolist()
-                own = [level[i] for level in features]
-                looks_like = peak_features(self.memory, own, (x, y), box, preprocessing.input_shape)
+            found = (model_map, pixel_threshold, preprocessing, width, height)
+            regions, region_count, area = find_regions(*found) if has_regions[i] else ((), 0, 0.0)
             results.append(
                 Result(
-                    score=float(total),
+                    score=float(totals[i]),
                     fine_score=fine,
                     coarse_score=coarse,
-                    p_value=float(p_value),
-                    is_anomalous=bool(total > threshold),
+                    p_value=float(p_values[i]),
+                    is_anomalous=bool(is_anomalous[i]),
                     threshold=float(threshold),
-                    peak=preprocessing.to_original(x, y, width, height),
+                    peak=preprocessing.to_original(peaks[i][0] - left, peaks[i][1] - top, width, height),
                     peak_features=looks_like,
                     pixel_threshold=pixel_threshold,
                     area=area,
@@ -359,13 +365,45 @@ class Detector:
                     regions=regions,
                     size=(width, height),
                     seen=preprocessing.seen_box(width, height),
-                    model_map=anomaly_map.total,
+                    model_map=model_map,
+                    heatmap_levels=levels,
                     heatmap_scale=calibration.scale,
                     seed=self.recipe.seed,
                     model_id=self.record.model_id,
                 )
             )
         return results
+
+    def _show(
+        self,
+        maps: Sequence[AnomalyMaps],
+        features: Sequence[Tensor],
+        peaks: Sequence[tuple[int, int]],
+        is_kept: Flags,
+        is_drawn: Flags,
+        is_described: Flags,
+        scale: HeatmapScale,
+    ) -> Iterator[tuple[Float32Array, Pixels, Float32Array | None]]:
+        """Yield the map, the heatmap's grey levels and the peak features of each image, empty where not wanted."""
+        boxes = [box for part in maps for box in part.content.boxes.tolist()]
+        shape = self.preprocessing.input_shape
+        vectors = [
+            peak_features(self.memory, [level[i] for level in features], peaks[i], boxes[i], shape)
+            for i in np.flatnonzero(is_described).tolist()
+        ]
+        kept, drawn = (list(select_maps(maps, flags)) for flags in (is_kept, is_drawn))
+        drawn = [scale.levels(each) for each in drawn]
+        fetched = fetch([*kept, *drawn, *(each for each in vectors if each is not None)])
+        totals = chain.from_iterable(fetched[: len(kept)])
+        levels = chain.from_iterable(fetched[len(kept) : len(kept) + len(drawn)])
+        described = iter(fetched[len(kept) + len(drawn) :])
+        for box, *flags in zip(boxes, is_kept, is_drawn, is_described, strict=True):
+            vector = next(described, None) if flags[2] else None
+            yield (
+                cut_out(next(totals), box) if flags[0] else np.zeros((0, 0), np.float32),
+                cut_out(next(levels), box) if flags[1] else np.zeros((0, 0), np.uint8),
+                vector if vector is not None and vector.any() else None,
+            )
 
     @torch.no_grad()
     def distances(self, inputs: Inputs, content: Content, features: Sequence[Tensor] = ()) -> Distances:
@@ -390,38 +428,38 @@ class Detector:
 
     def anomaly_maps(
         self, distances: Distances, content: Content, scales: Sequence[DistanceScale] | None = None
-    ) -> list[AnomalyMap]:
-        """Fuse B images' distances into one map per content box, with the model's distance scales or others.
+    ) -> list[AnomalyMaps]:
+        """Fuse B images' distances, with the model's distance scales or others.
 
         Args:
             distances: from `distances`.
             content: of the same images.
             scales: as `distance_scales`; None: the model's.
+
+        Returns:
+            On a CPU, whose cache holds one image, those of each; else those of all together.
         """
         scales = self.distance_scales if scales is None else scales
         shape = self.teacher.preprocessing.input_shape
-        views = np.zeros((0, len(content), 1, 1), np.float32)
         if self.recipe.fusion == "quantile":
-            fused = fuse_views(self.on_one_grid(distances, content), self.map_weights, scales)
-            views = fused.cpu().numpy()
-            (valid,) = self.teacher.content_masks(content, [spatial_shape(fused)])
-            total = upsample(soft_maximum(fused, self.recipe.coarse_weight), shape, valid)
+            views = fuse_views(self.on_one_grid(distances, content), self.map_weights, scales)
+            (valid,) = self.teacher.content_masks(content, [spatial_shape(views)])
         else:
-            levels = self.teacher.content_masks(content, [spatial_shape(each) for each in distances.student])
-            total = fuse_levels(distances.student, levels, self.recipe.fusion, shape)
-        results = []
-        for i, (whole, (left, top, right, bottom)) in enumerate(
-            zip(total.cpu().numpy(), content.boxes.tolist(), strict=True)
-        ):
-            anomaly_map = AnomalyMap(
-                np.ascontiguousarray(whole[top:bottom, left:right]),
-                tuple(views[:, i]),
-                nearest_positions(top, bottom, shape[0], views.shape[2]),
-                nearest_positions(left, right, shape[1], views.shape[3]),
-            )
-            anomaly_map = anomaly_map.inspected(content.outside(i, shape))
-            results.append(anomaly_map.smoothed(self.recipe.smoothing))
-        return results
+            masks = self.teacher.content_masks(content, [spatial_shape(each) for each in distances.student])
+        count = len(content)
+        maps = []
+        for part in [slice(i, i + 1) for i in range(count)] if self.teacher.device.type == "cpu" else [slice(count)]:
+            if self.recipe.fusion == "quantile":
+                of_views = views[:, part]
+                fused = soft_maximum(of_views, self.recipe.coarse_weight)
+                total = upsample(fused, shape, None if valid is None else valid[part])
+            else:
+                levels = [each[part] for each in distances.student]
+                of_views = levels[0].new_zeros(0, len(levels[0]), 1, 1)
+                inside = [None if mask is None else mask[part] for mask in masks]
+                total = fuse_levels(levels, inside, self.recipe.fusion, shape)
+            maps.append(AnomalyMaps.smooth(total, of_views, content[part], self.recipe.smoothing))
+        return maps
 
     def on_one_grid(self, distances: Distances, content: Content) -> Tensor:
         """Bring K distance maps of B images with this content to the finest one's shape: (K, B, h, w)."""

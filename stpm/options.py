@@ -164,6 +164,7 @@ def check_export(kind: Export) -> None:
         raise ConfigError("--export xlsx needs XlsxWriter: pip install 'stpm[xlsx]', or give --export csv")
 
 
+Heatmaps = Literal["all", "anomalous", "none"]
 WantedBackend = Literal["auto", "pytorch", "openvino"]
 Backend = Literal["pytorch", "openvino"]
 

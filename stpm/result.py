@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,27 @@ from stpm.data.pictures import Picture
 from stpm.errors import ImageError
 from stpm.method.regions import Region
 from stpm.method.scales import HeatmapScale
+from stpm.options import Heatmaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NAN = float("nan")
+
+
+class Request(NamedTuple):
+    """What decides about images, and what their results hold besides numbers.
+
+    Args:
+        false_alarm_rate: see `Detector.score`, also for `region_rate`.
+        heatmaps: images whose results have `heatmap_levels`.
+        maps: whether all results have the `model_map`, and not those with regions alone.
+    """
+
+    false_alarm_rate: float = 0.01
+    region_rate: float = 0.1
+    heatmaps: Heatmaps = "none"
+    maps: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +59,7 @@ class Result:
         size: width and height of the image itself, pixels.
         seen: left, top, right and bottom of the part of the image that the model sees, pixels of the image itself.
         model_map: (h, w) float32, the anomaly map of that part at model size, as the jobs store it.
+        heatmap_levels: (h, w) uint8, the grey levels of `model_map`; empty unless they were asked for.
         picture: the image as it was given.
         error: why the image could not be scored; None if it was.
     """
@@ -62,6 +79,7 @@ class Result:
     size: tuple[int, int] = (0, 0)
     seen: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), repr=False)
     model_map: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32), repr=False)
+    heatmap_levels: Pixels = field(default_factory=lambda: np.zeros((0, 0), np.uint8), repr=False)
     heatmap_scale: HeatmapScale = field(default_factory=lambda: HeatmapScale(0.0, 1.0), repr=False)
     seed: int = 0
     model_id: str = ""

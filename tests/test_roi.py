@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,8 +28,8 @@ from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
 from stpm.line.add_good import add_good
 from stpm.line.marks import read_marks
-from stpm.method.fusion import AnomalyMap
-from stpm.method.preprocessing import Preprocessing, Resize, unpack
+from stpm.method.anomaly_maps import AnomalyMaps
+from stpm.method.preprocessing import Content, Preprocessing, Resize, unpack
 from stpm.method.recipe import Recipe
 from stpm.method.roi import Roi
 from stpm.metrics.category_metrics import measure_category
@@ -264,26 +265,45 @@ def test_decoding_sees_nothing_outside(mask: np.ndarray, resize: Resize, seed: i
     assert not inside.any()
 
 
-@given(st.integers(0, 2**32), st.floats(0.1, 0.9), st.sampled_from([0.0, 2.0]), st.floats(0, 1))
-def test_scores_of_a_map_are_those_of_its_inspected_pixels(seed: int, share: float, sigma: float, top: float) -> None:
+@given(st.integers(0, 2**32), st.sampled_from([0.1, 0.9]), st.sampled_from([0.0, 2.0]), st.floats(0, 1))
+def test_scores_of_maps_are_those_of_their_inspected_pixels(seed: int, share: float, sigma: float, top: float) -> None:
+    """One image of a batch has padding, one has an area, one has both."""
     rng = np.random.default_rng(seed)
-    total = rng.normal(size=(13, 17)).astype(np.float32)
-    outside = rng.random(total.shape) < share
-    if outside.all():
-        return
-    whole = AnomalyMap(total).inspected(outside).smoothed(sigma)
-    other = AnomalyMap(np.where(outside, 99, total)).inspected(outside).smoothed(sigma)
+    total = rng.normal(size=(3, 13, 17)).astype(np.float32)
+    boxes = np.array([(3, 0, 12, 13), (0, 0, 17, 13), (0, 4, 17, 9)], np.int32)
+    inside = np.zeros(total.shape, bool)
+    for mask, (left, t, right, bottom) in zip(inside, boxes, strict=True):
+        mask[t:bottom, left:right] = True
+    inside[1:] &= rng.random((2, 13, 17)) > share
+    inside[1:, 6, 5] = True
+    content = Content(boxes, [b"", *(np.packbits(mask).tobytes() for mask in inside[1:])])
+    views = torch.from_numpy(rng.normal(size=(2, 3, 13, 17)).astype(np.float32))
+    whole, other = (
+        AnomalyMaps.smooth(torch.from_numpy(values), views, content, sigma)
+        for values in (total, np.where(inside, total, 99).astype(np.float32))
+    )
     np.testing.assert_array_equal(whole.total, other.total)
-    assert (np.isnan(whole.total) == outside).all()
-    values = np.sort(whole.total[~outside])[::-1]
-    assert whole.score(top) == pytest.approx(values[: max(round(top * len(values)), 1)].mean(dtype=np.float64))
-    assert whole.total[whole.peak] == values[0]
-    np.testing.assert_array_equal(np.sort(whole.values)[::-1], values)
+    assert (np.isnan(whole.total) == ~inside).all()
+    for i, (row, image, mask, box) in enumerate(
+        zip(whole.scalars(top), whole.total.numpy(), inside, boxes, strict=True)
+    ):
+        order = np.argsort(-image[mask], kind="stable")[: max(round(top * mask.sum()), 1)]
+        means = [values[mask][order].mean(dtype=np.float64) for values in (image, *views[:, i].numpy())]
+        expected = [image[mask].max(), np.flatnonzero(mask)[order[0]], means[0]]
+        assert row[:3].tolist() == pytest.approx(expected)
+        if not (box - (0, 0, 17, 13)).any():
+            assert row[3:].tolist() == pytest.approx(means[1:])
+        # Each image alone has the same numbers.
+        alone = AnomalyMaps(whole.total[i : i + 1], whole.views[:, i : i + 1], content[i : i + 1])
+        assert alone.scalars(top).tolist() == [row.tolist()]
+    assert len(whole.inspected_values()) == inside.sum()
+    for cut, image, (left, t, right, bottom) in zip(whole.contents(), whole.total, boxes, strict=True):
+        np.testing.assert_array_equal(cut, image[t:bottom, left:right])
     # Pixels that are not inspected are not counted.
-    mask = rng.random(total.shape) < 0.5
-    counts = count_pixels([whole.total], [mask])
-    assert counts.sums[:2].sum(axis=1).tolist() == [(~mask & ~outside).sum(), (mask & ~outside).sum()]
-    assert (np.isnan(resize_map(whole.total, 26, 34)) == outside.repeat(2, 0).repeat(2, 1)).mean() > 0.7
+    mask = rng.random(total.shape[1:]) < 0.5
+    counts = count_pixels([whole.total[1].numpy()], [mask])
+    assert counts.sums[:2].sum(axis=1).tolist() == [(~mask & inside[1]).sum(), (mask & inside[1]).sum()]
+    assert (np.isnan(resize_map(whole.total[1].numpy(), 26, 34)) == ~inside[1].repeat(2, 0).repeat(2, 1)).mean() > 0.7
 
 
 def test_pictures_for_people_are_paler_outside() -> None:

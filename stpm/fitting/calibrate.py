@@ -15,7 +15,8 @@ import torch
 from stpm.detector import Detector
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
-from stpm.method.fusion import Distances, Float32Array, sample_distances
+from stpm.method.anomaly_maps import Float32Array
+from stpm.method.fusion import Distances, sample_distances
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.scales import (
     DistanceScale,
@@ -70,10 +71,11 @@ def calibrate(
                     tuple(a * d + b for d, (a, b) in zip(one.student, corrections, strict=True)), one.memory
                 )
             content = features.images.content[image : image + 1]
-            (anomaly_map,) = detector.anomaly_maps(one, content, next(scales_of))
-            scores.append(anomaly_map.score(detector.recipe.top_fraction))
-            max_pixels.append(anomaly_map.values.max())
-            heatmap_scale.add(anomaly_map.values)
+            (maps,) = detector.anomaly_maps(one, content, next(scales_of))
+            ((max_pixel, _, score, *_),) = maps.scalars(detector.recipe.top_fraction).tolist()
+            scores.append(score)
+            max_pixels.append(max_pixel)
+            heatmap_scale.add(maps.inspected_values())
     scales = fit_scales(samples, detector.map_weights) if samples else ()
     by_image, of_pixels = np.array([scores, max_pixels], np.float32)[:, np.argsort(images)]
     return by_image, heatmap_scale.build(), scales, of_pixels

@@ -14,8 +14,8 @@ from stpm.data.encode import encode_jpeg
 from stpm.errors import join_first
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.method.anomaly_maps import Float32Array
 from stpm.method.calibration import threshold
-from stpm.method.fusion import Float32Array
 from stpm.method.memory_bank import DescriptorSpec, strided_shape
 from stpm.method.outliers import lies_far, neighbour_distances, score_images
 from stpm.pages import render

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from stpm.errors import DeviceError, one_line
 from stpm.method.arithmetic import Capabilities, cpu_capabilities
@@ -63,6 +67,17 @@ def device_capabilities(device: torch.device) -> Capabilities:
     if device.type == "cpu":
         return cpu_capabilities()
     return Capabilities(True, torch.cuda.is_bf16_supported(including_emulation=False), False)
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
+    """Copy tensors of one device to the host, and wait once for all of them. Those of a CPU are not copied."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.numpy() for tensor in tensors]
+    pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for to, tensor in zip(pinned, tensors, strict=True):
+        to.copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    return [tensor.numpy() for tensor in pinned]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

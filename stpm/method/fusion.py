@@ -14,21 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from stpm.method.anomaly_maps import Float32Array
 from stpm.method.recipe import FusionMethod
 from stpm.method.scales import DistanceScale, Floats
-
-Float32Array = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
 
 _EPS = 1e-12
 # Sampled distances of an image, minimum and maximum, and of all images: enough for quantiles.
@@ -97,87 +92,6 @@ def upsample(distances: Tensor, input_shape: tuple[int, int], valid: Tensor | No
         [_resize(each, input_shape) for each in pair] for pair in ((values, weight), (near, near_weight))
     )
     return torch.where(weight > 0, values / weight.clamp_min(_EPS), near / near_weight.clamp_min(_EPS))
-
-
-@dataclass(frozen=True)
-class AnomalyMap:
-    """An image's anomaly map, (H, W) float32, and the maps of its views.
-
-    Args:
-        views: (h, w) float32 each, of the whole input; empty where the total is a product or a sum.
-        rows: (H,) row of the views' maps for each row of the total, on no padding.
-        columns: (W,) the same for its columns.
-        outside: (H, W) bool, true at pixels that are not inspected, where the total is NaN; None: all are inspected.
-    """
-
-    total: Float32Array
-    views: tuple[Float32Array, ...] = ()
-    rows: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
-    columns: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
-    outside: npt.NDArray[np.bool_] | None = None
-
-    @property
-    def values(self) -> Float32Array:
-        """Return the values of all inspected pixels, (P,)."""
-        return self.total.ravel() if self.outside is None else self.total[~self.outside]
-
-    @property
-    def _ranked(self) -> Float32Array:
-        """Return the total with its inspected pixels above all others."""
-        return self.total if self.outside is None else np.where(self.outside, np.float32(-np.inf), self.total)
-
-    @property
-    def peak(self) -> tuple[int, int]:
-        """Return row and column of the largest value."""
-        y, x = divmod(int(self._ranked.argmax()), self.total.shape[1])
-        return y, x
-
-    def inspected(self, outside: npt.NDArray[np.bool_] | None) -> AnomalyMap:
-        """Drop the values of pixels that are not inspected, (H, W) bool, before the map is smoothed."""
-        if outside is None:
-            return self
-        return replace(self, total=np.where(outside, np.float32(np.nan), self.total), outside=outside)
-
-    def smoothed(self, sigma: float) -> AnomalyMap:
-        """Smooth the map by a Gaussian that is cut off at three standard deviations (pixels); borders are repeated."""
-        if not sigma:
-            return self
-        smooth = partial(gaussian_filter, sigma=sigma, mode="nearest", truncate=3.0)
-        if self.outside is None:
-            return replace(self, total=smooth(self.total))
-        inside = (~self.outside).astype(np.float32)
-        total = smooth(np.nan_to_num(self.total, nan=0.0)) / np.maximum(smooth(inside), _EPS)
-        return replace(self, total=np.where(self.outside, np.float32(np.nan), total))
-
-    def score(self, top_fraction: float) -> float:
-        """Compute the image's score: the mean of the highest pixels, this fraction of them, at least one."""
-        return self.scores(top_fraction)[0]
-
-    def scores(self, top_fraction: float) -> list[float]:
-        """Compute the image's score, and the mean of each view's map at the pixels that make it."""
-        total = self._ranked
-        count = max(round(top_fraction * self.values.size), 1)
-        # To partition a map takes as long as all that follows.
-        top = np.array([total.argmax()]) if count == 1 else np.argpartition(total, -count, None)[-count:]
-        y, x = np.divmod(top, self.total.shape[1])
-        of_views = [view[self.rows[y], self.columns[x]] for view in self.views]
-        return [float(values.mean(dtype=np.float64)) for values in (self.total[y, x], *of_views)]
-
-
-def nearest_positions(start: int, stop: int, length: int, positions: int) -> Indices:
-    """Return the position of a level nearest to each pixel of a span of the input that is no padding.
-
-    The level has `positions` over the `length` pixels of an axis. The position's centre is in [start, stop), as in
-    `content_mask`; where there is none, it is the one that holds the middle.
-
-    >>> nearest_positions(5, 12, length=16, positions=4)
-    array([1, 1, 1, 2, 2, 2, 2])
-    """
-    centres = (np.arange(positions) + 0.5) * length / positions
-    inside = np.flatnonzero((start <= centres) & (centres < stop))
-    if not len(inside):
-        inside = np.array([(start + stop) * positions // (2 * length)])
-    return np.clip(np.arange(start, stop) * positions // length, inside[0], inside[-1])
 
 
 def fuse_levels(

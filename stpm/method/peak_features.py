@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from stpm.method.fusion import Float32Array, Indices, nearest_positions
+from stpm.method.anomaly_maps import Indices, nearest_positions
 from stpm.method.memory_bank import DescriptorSpec, MemoryBank
 
 DIMENSIONS = 64
@@ -25,7 +25,7 @@ def peak_features(
     peak: tuple[int, int],
     content: Sequence[int],
     shape: tuple[int, int],
-) -> Float32Array | None:
+) -> Tensor | None:
     """Describe the peak of one image's anomaly map.
 
     Each bank's descriptor is scaled to length 1, and all of them are projected to 64 dimensions, by the same random
@@ -34,13 +34,13 @@ def peak_features(
     Args:
         banks: a model's memory.
         features: the teacher's, (Cₗ, Hₗ, Wₗ) of each level.
-        peak: column and row in the content box.
+        peak: column and row in the input, in the content box.
         content: the image's content box.
         shape: height and width of the input, pixels.
 
     Returns:
-        (64,) float32 of length 1 in values of half precision; None if the model has no memory of
-        features, or the peak is just as normal ones in it.
+        (64,) float32 of length 1 in values of half precision, all 0 if the peak is just as normal ones in the memory;
+        None if the model has no memory of features.
     """
     described = [
         (_descriptor(bank.spec, features[bank.spec.level_index], peak, content, shape) - bank.mean) @ bank.whitening
@@ -51,9 +51,7 @@ def peak_features(
         return None
     joined = torch.cat([normalize(each, dim=0) for each in described])
     projected = joined @ _projection(len(joined)).to(joined.device)
-    if not projected.any():
-        return None
-    return normalize(projected, dim=0).half().float().cpu().numpy()
+    return normalize(projected, dim=0).half().float()
 
 
 def _descriptor(

@@ -6,6 +6,7 @@ Pillow. An array shape is (height, width), as in NumPy.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,12 +65,32 @@ class Content:
         numbers = np.arange(len(self))[chosen]
         return Content(self.boxes[numbers], [self.inspected[i] for i in numbers] if self.inspected else ())
 
-    def outside(self, index: int, input_shape: tuple[int, int]) -> Mask | None:
-        """Return the pixels of an image's box that are not inspected, of the box's shape; None: all are inspected."""
-        if not (self.inspected and self.inspected[index]):
+    def pixels(self, input_shape: tuple[int, int]) -> Mask | None:
+        """Return the input's pixels that are inspected, (B, H, W) bool, or (1, H, W) if the same are of all images.
+
+        None: all pixels of all images.
+        """
+        height, width = input_shape
+        if (self.boxes == (0, 0, width, height)).all() and not any(self.inspected):
             return None
-        left, top, right, bottom = self.boxes[index].tolist()
-        return ~unpack(self.inspected[index], input_shape)[top:bottom, left:right]
+        parts = list(zip(map(tuple, self.boxes.tolist()), self.inspected or [b""] * len(self), strict=True))
+        distinct = {part: _pixels(*part, input_shape) for part in parts}
+        return np.stack([*distinct.values()] if len(distinct) == 1 else [distinct[part] for part in parts])
+
+    def counts(self, input_shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+        """Count the inspected pixels of each image: (B,)."""
+        pixels = self.pixels(input_shape)
+        each = np.array([math.prod(input_shape)]) if pixels is None else np.count_nonzero(pixels, axis=(1, 2))
+        return np.broadcast_to(each, len(self))
+
+
+def _pixels(box: tuple[int, int, int, int], inspected: bytes, input_shape: tuple[int, int]) -> Mask:
+    if inspected:
+        return unpack(inspected, input_shape)
+    left, top, right, bottom = box
+    pixels = np.zeros(input_shape, bool)
+    pixels[top:bottom, left:right] = True
+    return pixels
 
 
 def unpack(inspected: bytes, shape: tuple[int, int]) -> Mask:

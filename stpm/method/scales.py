@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+# Processes that read a model's record do not import torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = npt.NDArray[np.floating]
 
@@ -46,10 +51,16 @@ class HeatmapScale:
 
     def apply(self, anomaly_map: Floats) -> npt.NDArray[np.uint8]:
         """Convert a map of any shape to grey levels 0 to 255; NaN becomes 0."""
-        linear = np.fmax((anomaly_map - self.low) / (self.good_max - self.low), 0.0)
-        logarithmic = 1 + np.log(np.clip(linear, 1.0, _LOGARITHMIC_UNTIL)) / np.log(_LOGARITHMIC_UNTIL)
-        levels = np.round(127.5 * np.where(linear < 1, linear, logarithmic))
-        return np.asarray(levels, np.uint8)
+        import torch
+
+        levels: npt.NDArray[np.uint8] = self.levels(torch.tensor(anomaly_map)).numpy()
+        return levels
+
+    def levels(self, maps: Tensor) -> Tensor:
+        """Convert maps as `apply` does, on their device: to uint8."""
+        linear = maps.nan_to_num(self.low).sub_(self.low).div_(self.good_max - self.low)
+        logarithmic = linear.clamp(1.0, _LOGARITHMIC_UNTIL).log_().div_(math.log(_LOGARITHMIC_UNTIL))
+        return logarithmic.add_(linear.clamp_(0.0, 1.0)).mul_(127.5).round_().byte()
 
 
 class HeatmapScaleBuilder:

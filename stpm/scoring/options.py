@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stpm.options import WAIT_HELP, Export, Names, Options, check_export, option
+from stpm.options import WAIT_HELP, Export, Heatmaps, Names, Options, check_export, option
 from stpm.scoring.inputs.category_rule import CategoryRule
 
-Heatmaps = Literal["all", "anomalous", "none"]
 HeatmapsIn = Literal["files", "parquet"]
 
 IMAGE_SECONDS = 300.0

@@ -17,7 +17,7 @@ from stpm.fitting.task import Epoch
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import TrainedStudent, train_student
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.fusion import AnomalyMap
+from stpm.method.anomaly_maps import AnomalyMaps
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Content
 from stpm.method.recipe import Recipe
@@ -74,7 +74,7 @@ def fit_uncalibrated(features: TeacherFeatures, train: Indices, held_out: Indice
     return Detector.assemble(features.teacher, recipe, student, build_memory(features, train, recipe))
 
 
-def anomaly_maps(detector: Detector, images: TrainingImages, scales: Sequence[DistanceScale]) -> list[AnomalyMap]:
+def anomaly_maps(detector: Detector, images: TrainingImages, scales: Sequence[DistanceScale]) -> list[AnomalyMaps]:
     """Compute the maps of all images, as scoring does."""
     inputs = detector.teacher.inputs(torch.from_numpy(images.pixels))
     with torch.inference_mode():

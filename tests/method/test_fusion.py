@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stpm.method.anomaly_maps import AnomalyMaps, nearest_positions
 from stpm.method.calibration import Calibration
 from stpm.method.fusion import (
-    AnomalyMap,
     fuse_levels,
     fuse_views,
     map_weights,
-    nearest_positions,
     on_one_grid,
     sample_distances,
     soft_maximum,
     upsample,
 )
 from stpm.method.loss import distance_map
+from stpm.method.preprocessing import Content
 from stpm.method.recipe import FusionMethod
 from stpm.method.scales import DistanceScale, HeatmapScale, fit_scales, leave_one_out_scales
 from stpm.method.teacher import content_mask
@@ -45,6 +45,14 @@ def reference_upsample(distances: np.ndarray, input_shape: tuple[int, int]) -> n
 def random_maps(*shapes: tuple[int, int], images: int = 2, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(images, *shape, generator=generator) for shape in shapes]
+
+
+def whole_maps(total: Tensor, views: Tensor | None = None, sigma: float = 0.0) -> AnomalyMaps:
+    """Make the maps of images that fill the input."""
+    boxes = np.array([(0, 0, total.shape[2], total.shape[1])] * len(total), np.int32)
+    return AnomalyMaps.smooth(
+        total, total.new_zeros(0, len(total), 1, 1) if views is None else views, Content(boxes), sigma
+    )
 
 
 def quantile_fuse(
@@ -69,9 +77,10 @@ def test_fuse_product_matches_paper_and_fuse_sum_adds_upsampled_maps() -> None:
     maps = [distance_map(torch.from_numpy(t), torch.from_numpy(s)) for t, s in zip(teacher, student, strict=True)]
     total = fuse_levels(maps, [None] * 3, "product", (64, 48))
     np.testing.assert_allclose(total.numpy(), expected, atol=1e-5)
-    for image, reference in zip(total.numpy(), expected, strict=True):
-        assert AnomalyMap(image).score(0.0) == pytest.approx(reference.max(), abs=1e-5)
-        assert AnomalyMap(image).scores(0.0)[1:] == []
+    found = whole_maps(total).scalars(0.0).numpy()
+    assert found.shape == (2, 3)
+    np.testing.assert_allclose(found[:, 2], expected.max(axis=(1, 2)), atol=1e-5)
+    assert found[:, 1].tolist() == [each.argmax() for each in total]
     distances = random_maps((4, 12), (8, 6), (2, 3))
     total = fuse_levels(distances, [None] * 3, "sum", (16, 24))
     np.testing.assert_allclose(
@@ -117,20 +126,18 @@ def test_soft_maximum_is_between_the_weighted_mean_and_the_maximum(fine: float, 
     assert (1 - weight) * fine + weight * coarse - 1e-4 <= found <= max(fine, coarse) + 1e-4
 
 
-@given(st.floats(0.3, 4.0), st.integers(13, 40), st.integers(13, 40))
+# A side of more than 64 pixels is smoothed in tiles.
+@given(st.floats(0.3, 4.0), st.integers(1, 140), st.integers(1, 40))
 @settings(max_examples=30)
 def test_smoothed_matches_gaussian_with_repeated_borders(sigma: float, height: int, width: int) -> None:
     (maps,) = random_maps((height, width))
-    image = maps[0].numpy()
     radius = int(3 * sigma + 0.5)
     kernel = np.exp(-np.square(np.arange(-radius, radius + 1)) / (2 * sigma**2))
-    padded = np.pad(image.astype(np.float64), radius, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * radius + 1, 2 * radius + 1))
-    expected = np.einsum("hwyx,y,x->hw", windows, kernel / kernel.sum(), kernel / kernel.sum())
-    plain = AnomalyMap(image, (image,))
-    assert plain.smoothed(0.0) is plain
-    assert plain.smoothed(sigma).views == (image,)
-    np.testing.assert_allclose(plain.smoothed(sigma).total, expected, atol=1e-5)
+    padded = np.pad(maps.double().numpy(), ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * radius + 1, 2 * radius + 1), (1, 2))
+    expected = np.einsum("bhwyx,y,x->bhw", windows, kernel / kernel.sum(), kernel / kernel.sum())
+    assert whole_maps(maps).total is maps
+    np.testing.assert_allclose(whole_maps(maps, sigma=sigma).total, expected, atol=1e-5)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 0.99), st.integers(0, 1000))
@@ -140,11 +147,13 @@ def test_score_is_mean_of_highest_pixels_and_views_are_read_there(
     view = np.random.default_rng(seed).permutation(height * width).reshape(height, width).astype(np.float32)
     # Each position of the view is a square of pixels.
     total = view.repeat(2, axis=0).repeat(2, axis=1)
-    found = AnomalyMap(total, (view, -view), np.arange(2 * height) // 2, np.arange(2 * width) // 2)
+    views = torch.from_numpy(np.stack([view, -view]))[:, None]
+    maps = whole_maps(torch.from_numpy(total)[None], views)
     count = max(round(fraction * total.size), 1)
-    highest = np.sort(total.ravel())[::-1][:count]
-    assert found.score(fraction) == pytest.approx(highest.mean(), abs=1e-5)
-    assert found.scores(fraction)[1:] == pytest.approx([highest.mean(), -highest.mean()], abs=1e-5)
+    highest = np.sort(total.ravel())[::-1][:count].mean()
+    expected = [total.max(), total.argmax(), highest, highest, -highest]
+    assert maps.scalars(fraction)[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert maps.scores(fraction) == [pytest.approx(highest, abs=1e-5)]
 
 
 def test_sample_distances_are_evenly_spaced_over_valid_positions() -> None:
@@ -181,7 +190,7 @@ def test_each_pixel_reads_a_views_map_where_there_is_no_padding(
     (mask,) = content_mask(torch.tensor([case[1]]), input_shape, shape).numpy()
     rows = nearest_positions(top, bottom, input_shape[0], shape[0])
     columns = nearest_positions(left, right, input_shape[1], shape[1])
-    assert (len(rows), len(columns)) == (bottom - top, right - left)
+    assert (len(rows), len(columns)) == input_shape
     assert mask[np.ix_(rows, columns)].all()
     assert {*rows} == {*np.flatnonzero(mask.any(axis=1))}
     assert {*columns} == {*np.flatnonzero(mask.any(axis=0))}
@@ -217,7 +226,7 @@ def score_all(
 
     def scores(maps: list[Tensor], scales: Sequence[DistanceScale]) -> list[float]:
         fused = soft_maximum(fuse_views(on_one_grid(maps, [None] * len(maps)), weights, scales), 0.2)
-        return [AnomalyMap(each).score(0.02) for each in upsample(fused, (32, 32)).numpy()]
+        return whole_maps(upsample(fused, (32, 32))).scores(0.02)
 
     without_each = leave_one_out_scales(samples, weights)
     held_out_scores = [scores([d[i : i + 1] for d in held_out], scales)[0] for i, scales in enumerate(without_each)]

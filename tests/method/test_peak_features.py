@@ -37,7 +37,9 @@ def test_a_vector_is_the_projection_of_the_whitened_descriptors_at_the_peak(cont
     masks = [content_mask(torch.tensor([content]), SHAPE, spatial_shape(level)) for level in features]
     found, expected = [], []
     for x, y in product((0, (right - left) // 2, right - left - 1), (0, (bottom - top) // 2, bottom - top - 1)):
-        found.append(peak_features(banks, features, (x, y), content, SHAPE))
+        vector = peak_features(banks, features, (left + x, top + y), content, SHAPE)
+        assert vector is not None
+        found.append(vector.numpy())
         parts = []
         for level, mask, bank, (height, width, _, stride) in zip(features, masks, banks[::2], LEVELS, strict=True):
             described = bank.spec.describe(level[None], mask)[0]

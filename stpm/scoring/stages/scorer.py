@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
@@ -22,6 +23,7 @@ from stpm.cluster.device import assigned_device
 from stpm.errors import RETRIED_ERRORS, DeviceError, ImageError, one_line
 from stpm.method.arithmetic import Arithmetic
 from stpm.models.store import ModelStore
+from stpm.result import Request
 from stpm.scoring import prometheus
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.progress import BatchReport, ProgressReporter, WarningRelay
@@ -240,18 +242,18 @@ class Scorer:
         sizes = [(image["width"], image["height"]) for image in images]
         inspected = [image["inspected"] for image in images]
         rates = self._options.false_alarm_rate, self._options.region_rate
-        results = detector.score_inputs(inputs, sizes, rates, features, inspected)
+        request = Request(*rates, self._output.heatmaps, self._output.raw_maps)
+        results = detector.score_inputs(inputs, sizes, request, features, inspected)
         return [self._columns(result) for result in results]
 
     def _columns(self, result: Result) -> dict[str, Any]:
-        """Draw the heatmap's levels at once: the maps of all images that Ray gives a scorer take gigabytes."""
         drawn = self._output.masks and result.region_count
         return {name: getattr(result, name) for name in _COPIED} | {
             "peak_x": result.peak[0],
             "peak_y": result.peak[1],
-            "heatmap_levels": result.heatmap_scale.apply(result.model_map).data.cast("B"),
+            "heatmap_levels": _bytes(result.heatmap_levels),
             "region_bits": np.packbits(result.model_map > np.float32(result.pixel_threshold)).data if drawn else None,
-            "anomaly_map": result.model_map.data.cast("B") if self._output.raw_maps else None,
+            "anomaly_map": _bytes(result.model_map) if self._output.raw_maps else None,
         }
 
     def _scored_table(self, batch: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
@@ -263,6 +265,10 @@ class Scorer:
             columns["pixels"] = [b""] * len(outcomes)
         columns["inspected"] = [b""] * len(outcomes)
         return with_passthrough(table(columns, SCORED), batch)
+
+
+def _bytes(values: npt.NDArray[Any]) -> memoryview:
+    return values.ravel().view(np.uint8).data
 
 
 def _end_with_broken_gpu() -> None:
