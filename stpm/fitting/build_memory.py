@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
+from stpm.fitting.turns import take_turn
 from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank, stride_of, strided_shape, window_size
 from stpm.method.recipe import Recipe
 from stpm.method.views import choose_memory_levels
@@ -76,6 +77,7 @@ class MemoryCandidates:
         for found, origin, spec, (_, chosen) in zip(
             self._descriptors, self._images, self._specs, self._fitted, strict=True
         ):
+            take_turn()
             keep = ~torch.isin(origin, torch.from_numpy(images))
             number = (keep.cumsum(0) - 1).to(chosen.device)
             start = number[chosen[keep.to(chosen.device)[chosen]]]

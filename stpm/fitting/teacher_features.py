@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stpm.fitting.splits import Indices, split_batches
 from stpm.fitting.training_images import TrainingImages
+from stpm.fitting.turns import take_turn
 from stpm.method.teacher import Inputs, Teacher, spatial_shape
 
 _MAX_HALF = torch.finfo(torch.float16).max
@@ -50,6 +51,7 @@ class TeacherFeatures:
         """Return the features of B images, of all levels of the teacher, (B, Cₗ, Hₗ, Wₗ) each."""
         if not self.cached:
             return self._compute(indices)
+        take_turn()
         chosen = torch.from_numpy(indices)
         return [level[chosen] for level in self._features]
 
@@ -66,6 +68,7 @@ class TeacherFeatures:
 
         `factors` are (B,) float32.
         """
+        take_turn()
         pixels = self._pixels[torch.from_numpy(indices)].clone()
         boxes = self.images.content[indices].boxes.tolist()
         for image, factor, (left, top, right, bottom) in zip(pixels, factors.tolist(), boxes, strict=True):
@@ -82,6 +85,7 @@ class TeacherFeatures:
 
         The inputs are (B, 3, H, W) float32; there are features and a mask, or None, for each of the student's levels.
         """
+        take_turn()
         chosen, of_levels = torch.from_numpy(indices), self.teacher.student_indices(levels)
         inputs = self.teacher.student_inputs(self._pixels[chosen])
         masks = self.teacher.content_masks(self.images.content[indices], [self.shapes[i] for i in of_levels])
@@ -91,6 +95,7 @@ class TeacherFeatures:
         return inputs, [computed[i] for i in of_levels], masks
 
     def _compute(self, indices: Indices) -> list[Tensor]:
+        take_turn()
         return self.teacher(self.inputs(indices))
 
     def _allocate(self, level: Tensor) -> Tensor:
