@@ -8,6 +8,7 @@
 | score | steady images/s of the score job | a bare loop over the functions of its stages | `Engine.predict` |
 | fit | seconds of the fit job | the same fit in one process, without Ray | `Engine.fit`, with the same images |
 | first | seconds until --help is shown, or ten images are scored | bare imports, or the bare loop | |
+| together | seconds of two, and of three fits at once | as many times the seconds of one | |
 | growth | ms per further image, or per category | that of the first further images, or of the fits themselves | |
 
 Both sides have the packaged teacher and all cores. Seconds are those of whole processes, imports and Ray's start
@@ -259,10 +260,30 @@ def measure_first(bench: Bench) -> Iterator[Measured]:
         yield Measured("ten images", "s", cost["seconds"], time.perf_counter() - start)
 
 
+# together
+
+
+def measure_together(bench: Bench) -> Iterator[Measured]:
+    """Fit the category several times at once, each time in a process with a thread for every core."""
+    recipe = dataclasses.replace(_SCORED_MODELS["default"], min_steps=80)
+    category = dataclasses.replace(bench.category, train=bench.category.train[:100])
+
+    def seconds(count: int) -> float:
+        tasks = [make_task(ModelStore(str(bench.new_folder())), category, recipe) for _ in range(count)]
+        start = time.perf_counter()
+        in_processes(run_task, [(task, bench.arithmetic.backend) for task in tasks])
+        return time.perf_counter() - start
+
+    alone = seconds(1)
+    for count in (2, 3):
+        yield Measured(f"{count} fits at once", "s", seconds(count), count * alone)
+
+
 SECTIONS: dict[str, Callable[[Bench], Iterator[Measured]]] = {
     "score": measure_score,
     "fit": measure_fit,
     "first": measure_first,
+    "together": measure_together,
     "growth": lambda bench: measure_growth(
         bench.new_folder(), bench.arguments.image_counts, bench.arguments.category_counts, bench.arguments.nodes
     ),

@@ -18,19 +18,23 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import stpm
+from stpm import detector as detectors
 from stpm import storage
 from stpm.data import mvtec
+from stpm.data.decoding import decode
 from stpm.data.masks import decode_mask, resize_mask
 from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
 from stpm.jobs.models import run_models
+from stpm.method.device import fetch
 from stpm.method.recipe import PRESETS, Recipe, StudentKind
 from stpm.method.teacher import Inputs, Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
-from stpm.options import Backend, Integers, Names
+from stpm.options import Backend, Heatmaps, Integers, Names
+from stpm.result import Request
 from tests.conftest import MODELS, REPOSITORY, SETTINGS, TINY
 from tests.datasets import make_category
 from tests.fitting.test_fit_category import contents, stored_model, task_in
@@ -120,6 +124,31 @@ def test_the_teacher_runs_once_for_a_batch_of_three_categories(run: Path, monkey
     assert sum(passes) == rows.num_rows
     loaded = [stpm.load(str(run / "models"), name) for name in CATEGORIES]
     assert len({detector.teacher for detector in loaded}) == 1
+
+
+@pytest.mark.parametrize("heatmaps", ["all", "anomalous", "none"])
+def test_a_device_is_waited_for_twice_and_gives_what_images_have_to_show(
+    nut: Detector, run: Path, heatmaps: Heatmaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [each.uri for each in mvtec.read_category(str(run / "data"), "nut").test]
+    decoded = [decode(Path(uri).read_bytes(), nut.preprocessing) for uri in uris]
+    inputs = nut.teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
+    fetched: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(detectors, "fetch", lambda tensors: (fetched.append(tensors), fetch(tensors))[1])
+    request = Request(0.3, 0.3, heatmaps, maps=False)
+    with torch.inference_mode():
+        results = nut.score_inputs(inputs, [(each.width, each.height) for each in decoded], request)
+    alarms, regions = sum(each.is_anomalous for each in results), sum(each.region_count > 0 for each in results)
+    assert 0 < alarms < len(results)
+    assert 0 < regions < len(results)
+    scalars, shown = fetched
+    assert sum(each.numel() for each in scalars) == 3 * len(results)
+    counts = {kind: sum(len(each) for each in shown if each.dtype == kind) for kind in (torch.float32, torch.uint8)}
+    drawn = {"all": len(results), "anomalous": alarms, "none": 0}
+    assert counts == {torch.float32: regions, torch.uint8: drawn[heatmaps]}
+    for each in results:
+        assert each.model_map.size == (each.region_count > 0) * 64 * 64
+        assert (each.heatmap_levels.size > 0) == (heatmaps == "all" or (heatmaps == "anomalous" and each.is_anomalous))
 
 
 def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path, rng: np.random.Generator) -> None:

@@ -32,8 +32,10 @@ _MIN_RIDGE = 1e-6
 _EPS = 1e-12
 # Pixels of the input from one descriptor to the next, at least.
 _MIN_DESCRIPTOR_SPACING = 8
-# Queries per matrix product: its result, some MiB, stays in a core's cache.
+# Queries per matrix product on a CPU: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
+# Distances per matrix product on a GPU, where each costs a launch, and fills 256 MiB.
+_GPU_DISTANCES = 2**26
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,10 @@ def greedy_coreset(vectors: Tensor, count: int, seed: int, start: Tensor | None 
     # Rounding may leave a chosen vector slightly away from itself.
     nearest[start] = -torch.inf
     for k in range(len(start), count):
-        last = chosen[k] = nearest.argmax()
-        torch.minimum(nearest, squares + squares[last] - 2 * (points @ points[last]), out=nearest)
+        # A tensor of one dimension: to index by one of none waits for a GPU.
+        last = chosen[k : k + 1] = nearest.argmax()[None]
+        farther = squares + squares[last] - 2 * (points @ points[last][0])
+        torch.minimum(nearest, farther, out=nearest)
         nearest[last] = -torch.inf
     return chosen
 
@@ -219,8 +223,11 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
     """
     squares = vectors.square().sum(dim=1)
     transposed = vectors.T
+    size = _QUERIES_PER_BLOCK
+    if queries.device.type != "cpu":
+        size = max(_GPU_DISTANCES // len(vectors), size)
     nearest = [
         torch.addmm(squares, block, transposed, alpha=-2).amin(dim=1) + block.square().sum(dim=1)
-        for block in torch.split(queries, _QUERIES_PER_BLOCK)
+        for block in torch.split(queries, size)
     ]
     return torch.cat(nearest).clamp_min(0.0).sqrt()
