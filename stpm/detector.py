@@ -316,7 +316,7 @@ class Detector:
     ) -> list[Result]:
         """Score a batch of images of these sizes (width, height), as `distances` has them.
 
-        What a device computes is waited for twice: for the numbers that decide, and for what images have to show.
+        What a device computes is copied twice: the numbers that decide, then what images have to show.
         `inspected` is as in `stpm.method.preprocessing.Content`.
         """
         if not self.calibration:

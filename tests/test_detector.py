@@ -127,7 +127,7 @@ def test_the_teacher_runs_once_for_a_batch_of_three_categories(run: Path, monkey
 
 
 @pytest.mark.parametrize("heatmaps", ["all", "anomalous", "none"])
-def test_a_device_is_waited_for_twice_and_gives_what_images_have_to_show(
+def test_a_batch_is_copied_twice_and_gives_what_images_have_to_show(
     nut: Detector, run: Path, heatmaps: Heatmaps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uris = [each.uri for each in mvtec.read_category(str(run / "data"), "nut").test]

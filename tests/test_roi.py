@@ -283,7 +283,7 @@ def test_scores_of_maps_are_those_of_their_inspected_pixels(seed: int, share: fl
         for values in (total, np.where(inside, total, 99).astype(np.float32))
     )
     np.testing.assert_array_equal(whole.total, other.total)
-    assert (np.isnan(whole.total) == ~inside).all()
+    assert (whole.total.isnan().numpy() == ~inside).all()
     for i, (row, image, mask, box) in enumerate(
         zip(whole.scalars(top), whole.total.numpy(), inside, boxes, strict=True)
     ):
@@ -294,9 +294,13 @@ def test_scores_of_maps_are_those_of_their_inspected_pixels(seed: int, share: fl
         if not (box - (0, 0, 17, 13)).any():
             assert row[3:].tolist() == pytest.approx(means[1:])
         # Each image alone has the same numbers.
-        alone = AnomalyMaps(whole.total[i : i + 1], whole.views[:, i : i + 1], content[i : i + 1])
+        alone = AnomalyMaps.smooth(whole.total[i : i + 1], whole.views[:, i : i + 1], content[i : i + 1], 0.0)
         assert alone.scalars(top).tolist() == [row.tolist()]
     assert len(whole.inspected_values()) == inside.sum()
+    # What a device has computed wrongly does not pass for good.
+    total[0, 5, 5] = rng.choice([np.inf, np.nan])
+    broken = AnomalyMaps.smooth(torch.from_numpy(total), views, content, sigma).scores(top)[0]
+    assert broken > 1e20 or np.isnan(broken)
     for cut, image, (left, t, right, bottom) in zip(whole.contents(), whole.total, boxes, strict=True):
         np.testing.assert_array_equal(cut, image[t:bottom, left:right])
     # Pixels that are not inspected are not counted.

@@ -57,10 +57,11 @@ class MemoryCandidates:
 
     @cached_property
     def _fitted(self) -> list[tuple[MemoryBank, Tensor]]:
-        return [
-            fit_bank(found, spec, self._recipe.memory, self._recipe.seed)
-            for found, spec in zip(self._descriptors, self._specs, strict=True)
-        ]
+        fitted = []
+        for found, spec in zip(self._descriptors, self._specs, strict=True):
+            take_turn()
+            fitted.append(fit_bank(found, spec, self._recipe.memory, self._recipe.seed))
+        return fitted
 
     @property
     def banks(self) -> tuple[MemoryBank, ...]:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,17 +25,20 @@ from stpm.cluster.cpus import usable_cpus
 _SECONDS = 0.2
 # For a turn. A process that is suspended, or waits for something else, does not give its turn back.
 _PATIENCE_SECONDS = 60.0
+# Who has waited in vain computes for so many times as long before it waits again.
+_PAUSES = 10
 _POLL_SECONDS = 0.002
 
 log = logging.getLogger(__name__)
 
 
 class _Turns:
-    """Turns of one fit, which computes in so many threads. A fit that has waited too long takes no further turns."""
+    """Turns of one fit, which computes in so many threads. After a long wait it goes on without."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        slots = range(max(usable_cpus() // threads, 1))
-        self._slots = [[FileLock(folder / f"core-{slot * threads + i}") for i in range(threads)] for slot in slots]
+        cores = sorted(os.sched_getaffinity(0))[: usable_cpus()]
+        slots = [cores[start : start + threads] for start in range(0, max(len(cores) - threads, 0) + 1, threads)]
+        self._slots = [[FileLock(folder / f"core-{core}") for core in slot] for slot in slots]
         # Whoever waits has it, so that who gives a turn back does not take the next one at once.
         self._gate = FileLock(folder / "next")
         self._held: list[FileLock] = []
@@ -44,20 +47,29 @@ class _Turns:
     def take(self) -> None:
         if time.monotonic() < self._next:
             return
-        self.give_back()
+        seconds = _SECONDS
         try:
-            with self._gate.acquire(_PATIENCE_SECONDS, poll_interval=_POLL_SECONDS):
-                self._wait_for_slot()
+            if not (self._held and self._nobody_waits()):
+                self.give_back()
+                with self._gate.acquire(_PATIENCE_SECONDS, poll_interval=_POLL_SECONDS):
+                    self._wait_for_slot()
+        # Turns save time and decide nothing: a folder that cannot be written to, or a turn that does not come.
+        except OSError as error:
+            seconds = _PAUSES * _PATIENCE_SECONDS
+            log.info("this fit computes beside others for %g s: %s", seconds, error)
+        self._next = time.monotonic() + seconds
+
+    def _nobody_waits(self) -> bool:
+        try:
+            with self._gate.acquire(0):
+                return True
         except Timeout:
-            log.debug("no turn for %g s: another process keeps the cores", _PATIENCE_SECONDS)
-            self._next = float("inf")
-            return
-        self._next = time.monotonic() + _SECONDS
+            return False
 
     def _wait_for_slot(self) -> None:
         latest = time.monotonic() + _PATIENCE_SECONDS
         while not any(map(self._try, self._slots)):
-            if time.monotonic() > latest:
+            if time.monotonic() >= latest:
                 raise Timeout(self._slots[0][0].lock_file)
             time.sleep(_POLL_SECONDS)
 
@@ -91,7 +103,8 @@ def in_turns(device: torch.device) -> Iterator[None]:
         yield
         return
     folder = Path(tempfile.gettempdir()) / f"stpm-turns-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
     _current.turns = turns = _Turns(folder, threads)
     try:
         yield

@@ -22,6 +22,8 @@ Flags = npt.NDArray[np.bool_]
 Number = TypeVar("Number", bound=np.generic)
 
 _EPS = 1e-12
+# Of a distance that is smoothed.
+_LARGEST = 1e30
 # A Gaussian is cut off at so many standard deviations.
 _TRUNCATE = 3.0
 # Pixels that one matrix product smooths: more multiply more zeros, fewer read more pixels twice.
@@ -36,11 +38,13 @@ class AnomalyMaps:
         total: (B, H, W) float32, of the input's shape; NaN at pixels that are not inspected, on padding too.
         views: (V, B, h, w) float32.
         content: of the same images.
+        inspected: (B, H, W) bool, or (1, H, W) if the same pixels are of all images; None: all pixels are.
     """
 
     total: Tensor
     views: Tensor
     content: Content
+    inspected: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.total)
@@ -52,25 +56,27 @@ class AnomalyMaps:
         `sigma` is in pixels; 0: leave it as it is.
         """
         pixels = content.pixels((total.shape[1], total.shape[2]))
+        if sigma:
+            # An infinite distance would leave no number in its tile.
+            total = total.clamp(-_LARGEST, _LARGEST)
         if pixels is None:
             return cls(gaussian(total, sigma) if sigma else total, views, content)
         inspected = torch.from_numpy(pixels).to(total.device)
         if sigma:
             total = gaussian(total.where(inspected, 0.0), sigma) / gaussian(inspected.float(), sigma).clamp_min(_EPS)
-        return cls(total.where(inspected, torch.nan), views, content)
+        return cls(total.where(inspected, torch.nan), views, content, inspected)
 
     def scalars(self, top_fraction: float) -> Tensor:
         """Compute what a decision needs: (B, 3 + V) float64.
 
         Returns:
             The largest value; where it is, counted row by row over the input; the image's score, which is the mean of
-            the highest pixels, this fraction of the inspected ones, at least one; the mean of each view's map there.
+            the highest pixels, this fraction of the inspected ones, at least one; the mean of each view's map there, at
+            any of those that are equal.
         """
-        inspected = self.content.counts(self._shape)
-        ranked = self.total.flatten(1)
-        if inspected.min() < ranked.shape[1]:
-            ranked = ranked.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        counts = np.maximum(np.rint(top_fraction * inspected).astype(int), 1)
+        ranked = self.total if self.inspected is None else self.total.where(self.inspected, -torch.inf)
+        ranked = ranked.flatten(1)
+        counts = np.maximum(np.rint(top_fraction * self.content.counts(self._shape)).astype(int), 1)
         values, at = _highest(ranked, int(counts.max()))
         numbers = torch.from_numpy(counts).to(values.device)[:, None]
         is_top = torch.arange(values.shape[1], device=values.device) < numbers
@@ -132,9 +138,9 @@ def select_maps(parts: Iterable[AnomalyMaps], chosen: Flags) -> Iterator[Tensor]
 
 
 def cut_out(values: npt.NDArray[Number], box: Sequence[int]) -> npt.NDArray[Number]:
-    """Return the part of an (H, W) array that is in a box."""
+    """Copy the part of an (H, W) array that is in a box: it outlives a batch."""
     left, top, right, bottom = box
-    return np.ascontiguousarray(values[top:bottom, left:right])
+    return np.array(values[top:bottom, left:right])
 
 
 def nearest_positions(start: int, stop: int, length: int, positions: int) -> Indices:
@@ -160,7 +166,7 @@ def gaussian(maps: Tensor, sigma: float) -> Tensor:
     Pixels at a border are repeated beyond it. As products with a band matrix, tile by tile: faster than a convolution.
     """
     radius = int(_TRUNCATE * sigma + 0.5)
-    kernel = _band(radius, sigma).to(maps.device)
+    kernel = _band(radius, sigma, maps.device)
     across, down = kernel, kernel.T.expand(len(maps), -1, -1)
     padded = pad(maps, (radius,) * 4, mode="replicate")
     height, width = maps.shape[1:]
@@ -181,10 +187,10 @@ def _tiles(length: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=8)
-def _band(radius: int, sigma: float) -> Tensor:
+def _band(radius: int, sigma: float, device: torch.device) -> Tensor:
     """Make the matrix whose column j has the kernel from row j on: (tile + 2 radius, tile) float32."""
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     band = np.zeros((_TILE + 2 * radius, _TILE))
     for column in range(_TILE):
         band[column : column + 2 * radius + 1, column] = kernel / kernel.sum()
-    return torch.from_numpy(band.astype(np.float32))
+    return torch.from_numpy(band.astype(np.float32)).to(device)

@@ -76,7 +76,7 @@ def fetch(tensors: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
     pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for to, tensor in zip(pinned, tensors, strict=True):
         to.copy_(tensor, non_blocking=True)
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
     return [tensor.numpy() for tensor in pinned]
 
 

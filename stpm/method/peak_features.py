@@ -50,7 +50,7 @@ def peak_features(
     if not described:
         return None
     joined = torch.cat([normalize(each, dim=0) for each in described])
-    projected = joined @ _projection(len(joined)).to(joined.device)
+    projected = joined @ _projection(len(joined), joined.device)
     return normalize(projected, dim=0).half().float()
 
 
@@ -73,5 +73,5 @@ def _window(spec: DescriptorSpec, positions: Indices, pixel: int) -> slice:
 
 
 @cache
-def _projection(channels: int) -> Tensor:
-    return torch.randn(channels, DIMENSIONS, generator=torch.Generator().manual_seed(0))
+def _projection(channels: int, device: torch.device) -> Tensor:
+    return torch.randn(channels, DIMENSIONS, generator=torch.Generator().manual_seed(0)).to(device)

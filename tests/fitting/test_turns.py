@@ -77,6 +77,12 @@ def test_processes_compute_in_turns_and_go_on_after_one_that_is_killed(tmp_path:
         wait_for_steps(files["c"], 20)
 
 
+def test_a_folder_that_cannot_be_used_stops_no_fit(tmp_path: Path, start: Start) -> None:
+    (tmp_path / f"stpm-turns-{os.getuid()}").write_text("a file")
+    start("a", 60.0)
+    wait_for_steps(tmp_path / "a", 30)
+
+
 def test_a_process_that_is_stopped_does_not_stop_others_for_good(tmp_path: Path, start: Start) -> None:
     first = start("a", 0.5)
     wait_for_steps(tmp_path / "a", 1)
@@ -84,4 +90,12 @@ def test_a_process_that_is_stopped_does_not_stop_others_for_good(tmp_path: Path,
     start("b", 0.5)
     wait_for_steps(tmp_path / "b", 50)
     first.send_signal(signal.SIGCONT)
-    wait_for_steps(tmp_path / "a", 5)
+    wait_for_steps(tmp_path / "a", 30)
+    # Both take turns again, when the second one has tried again.
+    time.sleep(10 * 0.5 + 1)
+    begun = time.monotonic()
+    for name in "ab":
+        wait_for_steps(tmp_path / name, 30)
+    done = sorted(step for name in "ab" for step in steps(tmp_path / name) if step[0] > begun)
+    overlaps = sum(begin < end for (_, end), (begin, _) in itertools.pairwise(done))
+    assert overlaps < len(done) / 10
