@@ -56,9 +56,8 @@ def evaluate_categories(
 
 def find_labels_without_model(output: RunOutput, categories: Collection[str]) -> list[Failure]:
     """Return a failure for each category that has labels but none of the models, which have these categories."""
-    counts: Counter[str] = Counter()
-    for batch in read_batches(output, ["category"], ds.field("label") != ""):
-        counts.update(batch["category"].to_pylist())
+    batches = read_batches(output, ["category"], ds.field("label") != "")
+    counts = Counter(name for batch in batches for name in batch["category"].to_pylist())
     return [
         Failure(name or "(no category)", f"no model scored its {count} images with a label")
         for name, count in sorted(counts.items())
