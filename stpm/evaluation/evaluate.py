@@ -45,13 +45,11 @@ def evaluate_categories(
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
-    history = {record.category: store.history(record).to_pydict() for record in records}
-    calibration = {record.category: store.calibration_scores(record)["score"].to_numpy() for record in records}
-    tasks = [
-        remote.remote(output, each, history[each.category], calibration[each.category], masks_at) for each in records
-    ]
+    given = [(store.history(each).to_pydict(), store.calibration_scores(each)["score"].to_numpy()) for each in records]
     with interrupted_by_ray("evaluation"):
-        return results_of(tasks)
+        return results_of(
+            [remote.remote(output, record, *values, masks_at) for record, values in zip(records, given, strict=True)]
+        )
 
 
 def find_labels_without_model(output: RunOutput, categories: Collection[str]) -> list[Failure]:

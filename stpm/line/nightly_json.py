@@ -41,11 +41,11 @@ def webhook_message(night: Night, out: str, created: str) -> bytes:
 
 def _night(night: Night, out: str) -> dict[str, Any]:
     """Write the record of a night, without its pictures, and with what follows from it."""
-    values = asdict(replace(night, categories={}))
+    values = asdict(replace(night, categories={})) | asdict(night.total)
     values.pop("top")
     return values | {
         "folder": NightFolder.of(out, night.day).uri,
-        **{name: getattr(night, name) for name in ("images", "alarms", "errors", "levels")},
+        "levels": night.levels,
         "categories": {name: _category(category) for name, category in night.ordered_categories()},
     }
 
