@@ -188,7 +188,7 @@ def measure(compared: ComparedImages, normal: ComparedImages, detector: Detector
         counts += count_pixels([total for each in maps for total in each.contents()], compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
     if any(mask.any() for mask in compared.truth):
-        values[1:] = counts.auroc(), counts.aupro(AUPRO_LIMITS["pixel_aupro"])
+        values[1:] = counts.rank_metrics()["auroc"], counts.aupro(AUPRO_LIMITS["pixel_aupro"])
     values.append(recall(np.array(scores), compared.is_defect))
     return [value and round(value, 4) for value in values]
 

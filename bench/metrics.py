@@ -53,4 +53,4 @@ def map_metrics(
             masks.append(np.zeros(each.shape, bool) if mask is None else resize_mask(mask, preprocessing))
         counts += count_pixels(batch, masks)
     aupro = counts.aupro(AUPRO_LIMITS["pixel_aupro"])
-    return MapMetrics(image_auroc, counts.auroc(), aupro)
+    return MapMetrics(image_auroc, counts.rank_metrics()["auroc"], aupro)

@@ -58,7 +58,7 @@ def count_maps(count: int) -> dict[str, float]:
         start = time.perf_counter()
         counts += count_pixels(maps, masks)
         seconds += time.perf_counter() - start
-    metrics = {"auroc": counts.auroc(), "ap": counts.average_precision(), "aupro": counts.aupro(0.3)}
+    metrics = counts.rank_metrics() | {"aupro": counts.aupro(0.3)}
     return {
         "maps": count,
         "ms_per_map": seconds / count * 1000,
@@ -70,7 +70,7 @@ def exact_metrics(count: int) -> dict[str, float]:
     """Return the same metrics by scikit-learn, all maps at once."""
     maps, masks = (np.concatenate(parts).ravel() for parts in zip(*make_maps(count), strict=True))
     start = time.perf_counter()
-    metrics = {"auroc": roc_auc_score(masks, maps), "ap": average_precision_score(masks, maps)}
+    metrics = {"auroc": roc_auc_score(masks, maps), "average_precision": average_precision_score(masks, maps)}
     seconds = time.perf_counter() - start
     return {"exact_ms_per_map": seconds / count * 1000} | {f"exact_{name}": value for name, value in metrics.items()}
 

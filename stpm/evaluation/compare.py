@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
 
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, UndefinedMetricError
 from stpm.evaluation.category import ScoredCategory, read_models
-from stpm.metrics.intervals import Flags, Scores, paired_auroc_intervals, wilson_interval
+from stpm.metrics.intervals import Flags, Scores, paired_aurocs, wilson_interval
 from stpm.models.record import ModelRecord
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import check_row_count, naming_damaged_file, open_rows
@@ -133,13 +133,11 @@ def compare_pairs(category: str, pairs: pa.Table, *, one_model: bool = True) -> 
 
 def _aurocs(is_defect: Flags, scores: Scores) -> list[str]:
     """Write the AUROC of A, of B, and their difference, with paired intervals; nothing where they are undefined."""
-    try:
-        intervals = paired_auroc_intervals(is_defect, scores)
-    except UndefinedMetricError:
-        return []
-    a, b = (float(roc_auc_score(is_defect, each)) for each in scores)
     formats = ("{:.4f} ({:.3f} to {:.3f})", "{:.4f} ({:.3f} to {:.3f})", "{:+.4f} ({:+.3f} to {:+.3f})")
-    return [each.format(value, *ends) for each, value, ends in zip(formats, (a, b, b - a), intervals, strict=True)]
+    with suppress(UndefinedMetricError):
+        found = paired_aurocs(is_defect, scores)
+        return [each.format(value, *ends) for each, (value, ends) in zip(formats, found, strict=True)]
+    return []
 
 
 def _share(alarms: Flags) -> str:

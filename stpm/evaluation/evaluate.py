@@ -45,20 +45,17 @@ def evaluate_categories(
     """
     check_row_count(output)
     remote = ray.remote(evaluate_category)
-    history = {record.category: store.history(record).to_pydict() for record in records}
-    calibration = {record.category: store.calibration_scores(record)["score"].to_numpy() for record in records}
-    tasks = [
-        remote.remote(output, each, history[each.category], calibration[each.category], masks_at) for each in records
-    ]
+    given = [(store.history(each).to_pydict(), store.calibration_scores(each)["score"].to_numpy()) for each in records]
     with interrupted_by_ray("evaluation"):
-        return results_of(tasks)
+        return results_of(
+            [remote.remote(output, record, *values, masks_at) for record, values in zip(records, given, strict=True)]
+        )
 
 
 def find_labels_without_model(output: RunOutput, categories: Collection[str]) -> list[Failure]:
     """Return a failure for each category that has labels but none of the models, which have these categories."""
-    counts: Counter[str] = Counter()
-    for batch in read_batches(output, ["category"], ds.field("label") != ""):
-        counts.update(batch["category"].to_pylist())
+    batches = read_batches(output, ["category"], ds.field("label") != "")
+    counts = Counter(name for batch in batches for name in batch["category"].to_pylist())
     return [
         Failure(name or "(no category)", f"no model scored its {count} images with a label")
         for name, count in sorted(counts.items())

@@ -295,12 +295,12 @@ def _model_protocol(model: ModelRecord) -> dict[str, str]:
 
 def _in_common(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Merge dicts, with "varies" for values that differ; the seed, which always differs, is left out."""
-    merged: dict[str, Any] = {}
-    for values in dicts:
-        for name, value in values.items():
-            merged[name] = value if merged.setdefault(name, value) == value else "varies"
-    merged.pop("seed", None)
-    return merged
+    first, *others = [*dicts] or [{}]
+    return {
+        name: value if all(each[name] == value for each in others) else "varies"
+        for name, value in first.items()
+        if name != "seed"
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -64,7 +64,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     night = nights[date]
     log.info(night.headline())
     failed = any(nights[day].problem or nights[day].unfinished for day in dates if day in nights)
-    if reason := too_many_errors(night.error_count, night.images, job.options.max_error_rate):
+    if reason := too_many_errors(night.total.error_count, night.total.images, job.options.max_error_rate):
         log.error(reason)
         failed = True
     for day in sorted(nights):
@@ -87,6 +87,6 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
         except WebhookError as error:
             log.error(f"{error}; start the job again to post it again")
             failed = True
-    if not night.scored:
+    if not night.total.scored:
         return NOTHING_DONE
     return SOME_FAILED if failed else ALL_DONE

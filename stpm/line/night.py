@@ -12,32 +12,18 @@ from stpm.line.significance import Rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class CategoryNight:
-    """One category's rows of one night.
+class Counts:
+    """Numbers of rows of one night.
 
     Args:
-        model_id: of the model that scored most of the images; "" if none did.
-        images: number of rows.
+        images: all of them.
         alarms: how many of them are anomalous.
-        errors: how many of them have no score, by error kind.
-        false_alarm_rate: that was requested, or that is expected at the threshold that a person decided.
-        decision: that threshold, for people; "" if there is none.
-        median_p_value: about 0.5 on a night of good images; None without scores.
-        medians: of image statistics, by name; empty without scores.
-        training_medians: the same of the training images; empty if unknown.
-        verdict: None until it is given.
+        errors: how many of them have no score, by error kind, the most frequent first.
     """
 
-    model_id: str
     images: int
     alarms: int
     errors: dict[str, int]
-    false_alarm_rate: float
-    decision: str = ""
-    median_p_value: float | None = None
-    medians: dict[str, float] = field(default_factory=dict)
-    training_medians: dict[str, float] = field(default_factory=dict)
-    verdict: Verdict | None = None
 
     @property
     def error_count(self) -> int:
@@ -58,6 +44,29 @@ class CategoryNight:
     def error_rate(self) -> Rate | None:
         """The errors among all rows; None if there are none."""
         return Rate(self.error_count, self.images) if self.images else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoryNight(Counts):
+    """One category's rows of one night.
+
+    Args:
+        model_id: of the model that scored most of the images; "" if none did.
+        false_alarm_rate: that was requested, or that is expected at the threshold that a person decided.
+        decision: that threshold, for people; "" if there is none.
+        median_p_value: about 0.5 on a night of good images; None without scores.
+        medians: of image statistics, by name; empty without scores.
+        training_medians: the same of the training images; empty if unknown.
+        verdict: None until it is given.
+    """
+
+    model_id: str
+    false_alarm_rate: float
+    decision: str = ""
+    median_p_value: float | None = None
+    medians: dict[str, float] = field(default_factory=dict)
+    training_medians: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
 
     @property
     def level(self) -> Level | None:
@@ -125,29 +134,12 @@ class Night:
         return datetime.date.fromisoformat(self.date)
 
     @property
-    def images(self) -> int:
-        """The number of rows."""
-        return sum(category.images for category in self.categories.values())
-
-    @property
-    def scored(self) -> int:
-        """The number of rows with a score."""
-        return self.images - self.error_count
-
-    @property
-    def alarms(self) -> int:
-        """The number of anomalous images."""
-        return sum(category.alarms for category in self.categories.values())
-
-    @property
-    def errors(self) -> dict[str, int]:
-        """The number of rows without a score by error kind, the most frequent first."""
-        return dict(sum((Counter(each.errors) for each in self.categories.values()), Counter[str]()).most_common())
-
-    @property
-    def error_count(self) -> int:
-        """The number of rows without a score."""
-        return sum(self.errors.values())
+    def total(self) -> Counts:
+        """The counts of all categories together."""
+        every = self.categories.values()
+        errors = sum((Counter(each.errors) for each in every), Counter[str]())
+        images, alarms = sum(each.images for each in every), sum(each.alarms for each in every)
+        return Counts(images=images, alarms=alarms, errors=dict(errors.most_common()))
 
     @property
     def levels(self) -> dict[str, int]:
@@ -173,7 +165,8 @@ class Night:
 
     def headline(self) -> str:
         """Describe the night in one line."""
-        parts = [f"{self.images} images, {self.alarms} alarms, {self.error_count} errors"]
+        total = self.total
+        parts = [f"{total.images} images, {total.alarms} alarms, {total.error_count} errors"]
         if self.unfinished:
             parts.append(f"{self.unfinished} images without a row")
         for level in ("act", "watch", "cannot tell"):

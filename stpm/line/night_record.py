@@ -102,13 +102,12 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
     # A judged night also judges categories without images tonight, by the model of the last night on the page that has
     # scored some.
     models = _choose_models(rows, outputs, () if problem or unfinished else earlier[-job.monitoring.nights :])
-    references: dict[str, Reference | str] = {}
     try:
         loaded = storage.in_parallel(lambda name: _load_reference(job.store, name, models[name]), list(models))
-        references |= zip(models, loaded, strict=True)
+        references = dict(zip(models, loaded, strict=True))
     except ModelUnreadableError as error:
         # Storage failed: the next start judges the night.
-        references |= dict.fromkeys(models, as_utf8(str(error)))
+        references = dict.fromkeys(models, Reference(problem=as_utf8(str(error))))
         problem = problem or as_utf8(str(error))
     # What the first run requested.
     configs = (output.state.record.config for output in outputs)
@@ -118,17 +117,16 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
     categories = {}
     for name, counter in counters.items():
         (p_values, statistics), reference = samples[name], references[name]
-        decision = "" if isinstance(reference, str) else reference.decision
         categories[name] = CategoryNight(
             model_id=models[name],
             images=counter.images,
             alarms=counter.alarms,
             errors=dict(counter.errors.most_common()),
-            false_alarm_rate=reference.decided_rate if isinstance(reference, Reference) and decision else rate,
-            decision=decision,
+            false_alarm_rate=reference.decided_rate if reference.decision else rate,
+            decision=reference.decision,
             median_p_value=float(np.median(p_values)) if len(p_values) else None,
             medians=_medians(statistics),
-            training_medians={} if isinstance(reference, str) else _medians(reference.statistics),
+            training_medians=_medians(reference.statistics),
         )
     night = Night(
         folder.date.isoformat(),
@@ -162,21 +160,22 @@ def _choose_models(
     return dict(sorted(models.items()))
 
 
-def _load_reference(store: ModelStore, category: str, model_id: str) -> Reference | str:
-    """Read the good images of a category's model; if there are none, return why, for people.
+def _load_reference(store: ModelStore, category: str, model_id: str) -> Reference:
+    """Read the good images of a category's model.
 
     Raises:
         ModelUnreadableError: if storage failed.
     """
     if not model_id:
-        return "no model scored its images" if category else "images without a category, which no model scores"
+        what = "no model scored its images" if category else "images without a category, which no model scores"
+        return Reference(problem=what)
     try:
         record = store.record(category, model_id)
         table = store.image_statistics(record)
         calibration = store.calibration_scores(record)
         scores, is_added = (calibration[name].to_numpy() for name in ("score", "is_added"))
     except ModelDamagedError as error:
-        return f"its model cannot be read: {error}"
+        return Reference(problem=f"its model cannot be read: {error}")
     statistics = {name: table[name].to_numpy() for name in table.column_names}
     decided_rate = promised_rates(scores, record.decision.threshold)[0] if record.decision else 0.0
     added = np.flatnonzero(is_added[::-1]) + 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from stpm import storage
@@ -40,29 +40,17 @@ def webhook_message(night: Night, out: str, created: str) -> bytes:
 
 
 def _night(night: Night, out: str) -> dict[str, Any]:
-    counts = ("images", "alarms", "errors", "unfinished", "problem", "levels")
-    return {
-        "date": night.date,
+    """Write the record of a night, without its pictures, and with what follows from it."""
+    values = asdict(replace(night, categories={})) | asdict(night.total)
+    values.pop("top")
+    return values | {
         "folder": NightFolder.of(out, night.day).uri,
-        "sources": night.sources,
-        **{name: getattr(night, name) for name in counts},
+        "levels": night.levels,
         "categories": {name: _category(category) for name, category in night.ordered_categories()},
-        "error_examples": [asdict(example) for example in night.error_examples],
     }
 
 
 def _category(category: CategoryNight) -> dict[str, Any]:
-    rate = category.alarm_rate
-    return {
-        "level": category.level,
-        "changes": [asdict(change) for change in category.verdict.changes] if category.verdict else [],
-        "model_id": category.model_id,
-        "images": category.images,
-        "alarms": category.alarms,
-        "alarm_rate": rate and rate.value,
-        "alarm_rate_interval": rate and rate.interval(),
-        "false_alarm_rate": category.false_alarm_rate,
-        "decision": category.decision,
-        "median_p_value": category.median_p_value,
-        "errors": category.errors,
-    }
+    values, rate = asdict(category), category.alarm_rate
+    values |= values.pop("verdict") or {"level": None, "changes": ()}
+    return values | {"alarm_rate": rate and rate.value, "alarm_rate_interval": rate and rate.interval()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from stpm.data.image_statistics import COMPARED
 from stpm.line.change import percent
-from stpm.line.night import CategoryNight, Night
+from stpm.line.night import Night
 from stpm.pages import render
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
@@ -24,13 +24,13 @@ class Trend(NamedTuple):
 
     Args:
         label: what is drawn, and its last value.
-        lines: of its polylines, the points; a night without a value interrupts them.
+        path: through the nights by date; one without a value interrupts it.
         dots: x, y, level and title of the nights that were not fine, and of the last one.
         expected: height of the line where good nights are, None for no line.
     """
 
     label: str
-    lines: list[str]
+    path: str
     dots: list[tuple[float, float, str, str]]
     expected: float | None
 
@@ -57,85 +57,68 @@ def page(nights: Sequence[Night], out: str, created: str) -> str:
     )
 
 
-def _card_trends(nights: Sequence[Night], name: str) -> list[Trend]:
+def _card_trends(nights: Sequence[Night], name: str) -> Iterator[Trend]:
     """Draw a category's alarm rate, number of images, median p-value, and the image statistics that changed."""
-    latest = nights[-1].categories[name]
+    latest, number = nights[-1].categories[name], "{:.3g}".format
+    found = [night.categories.get(name) for night in nights]
+    yield alarm_trend(nights, name)
+    yield _trend(nights, name, "images", [each.images if each else None for each in found], "{:,.0f}".format, (0,))
+    middles = [each.median_p_value if each else None for each in found]
+    yield _trend(nights, name, "median p-value", middles, number, (0, 1), 0.5)
     changes = latest.verdict.changes if latest.verdict else ()
     changed = [each.name for each in changes if each.name in COMPARED and each.name in latest.training_medians]
-    return [
-        alarm_trend(nights, name),
-        _trend(nights, name, "images", lambda night: night.images, "{:,.0f}".format, (0,)),
-        _trend(nights, name, "median p-value", lambda night: night.median_p_value, _short, (0, 1), 0.5),
-        *(_median_trend(nights, name, statistic, latest.training_medians[statistic]) for statistic in changed[:2]),
-    ]
+    for statistic in changed[:2]:
+        medians = [each.medians.get(statistic) if each else None for each in found]
+        expected = latest.training_medians[statistic]
+        yield _trend(nights, name, statistic.replace("_", " "), medians, number, (), expected)
 
 
 def alarm_trend(nights: Sequence[Night], name: str) -> Trend:
     """Draw a category's alarm rate, with the requested rate as the expected one."""
-    rate = nights[-1].categories[name].false_alarm_rate
-
-    def value(night: CategoryNight) -> float | None:
-        return night.alarm_rate and night.alarm_rate.value
-
-    return _trend(nights, name, "alarm rate", value, percent, (0, min(_RATE_RANGE * rate, 1)), rate)
-
-
-def _median_trend(nights: Sequence[Night], name: str, statistic: str, expected: float) -> Trend:
-    what = statistic.replace("_", " ")
-    return _trend(nights, name, what, lambda night: night.medians.get(statistic), _short, (), expected)
+    expected = nights[-1].categories[name].false_alarm_rate
+    rates = [each.alarm_rate if (each := night.categories.get(name)) else None for night in nights]
+    values = [rate.value if rate else None for rate in rates]
+    return _trend(nights, name, "alarm rate", values, percent, (0, min(_RATE_RANGE * expected, 1)), expected)
 
 
 def _trend(
     nights: Sequence[Night],
     name: str,
     what: str,
-    value: Callable[[CategoryNight], float | None],
+    values: Sequence[float | None],
     show: Callable[[float], str],
     scale: Sequence[float],
     expected: float | None = None,
 ) -> Trend:
-    """Draw a number of a category over nights, by date; a night without it interrupts the line.
+    """Draw a number of a category over nights.
 
     Args:
         nights: oldest first.
         what: what the number is.
-        value: the number of a night; None for none.
+        values: the number on each night; None for none.
         show: writes it as text.
         scale: numbers that are on the scale even if no night has them.
         expected: the number on good nights; None if there is none.
     """
-    found = [night.categories.get(name) for night in nights]
-    values = [value(each) if each else None for each in found]
     ends = [end for end in (*values, expected, *scale) if end is not None] or [0.0]
-    low, high = min(ends), max(ends)
-    if low == high:
-        low, high = low - 1, high + 1
-    days = [night.day.toordinal() for night in nights]
-
-    def x(day: int) -> float:
-        # A single night is at the right.
-        return round(float(np.interp(day, [min(days[0], days[-1] - 1), days[-1]], [_MARGIN, _WIDTH - _MARGIN])), 1)
+    # A single value is in the middle, and a single night at the right.
+    low, high = (min(ends), max(ends)) if min(ends) < max(ends) else (ends[0] - 1, ends[0] + 1)
+    last = nights[-1].day.toordinal()
+    first = min(nights[0].day.toordinal(), last - 1)
 
     def y(number: float) -> float:
         return round(float(np.interp(number, [low, high], [_HEIGHT - _MARGIN, _MARGIN])), 1)
 
-    lines = [""]
+    path, step = "", "M"
     dots: list[tuple[float, float, str, str]] = []
-    for night, day, category, number in zip(nights, days, found, values, strict=True):
-        if category is None or number is None:
-            lines.append("")
+    for night, number in zip(nights, values, strict=True):
+        if number is None:
+            step = "M"
             continue
-        lines[-1] += f" {x(day)},{y(number)}"
-        if category.level != "fine" or night is nights[-1]:
-            dots.append((x(day), y(number), category.level or "none", f"{night.date}: {show(number)}"))
-    last = values[-1]
-    return Trend(
-        label=f"{what} {'unknown' if last is None else show(last)}",
-        lines=lines,
-        dots=dots,
-        expected=None if expected is None else y(expected),
-    )
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
+        x = round(float(np.interp(night.day.toordinal(), [first, last], [_MARGIN, _WIDTH - _MARGIN])), 1)
+        path, step = f"{path}{step}{x},{y(number)}", "L"
+        level = night.categories[name].level
+        if level != "fine" or night is nights[-1]:
+            dots.append((x, y(number), level or "none", f"{night.date}: {show(number)}"))
+    label = f"{what} {'unknown' if values[-1] is None else show(values[-1])}"
+    return Trend(label, path, dots, None if expected is None else y(expected))

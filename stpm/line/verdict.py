@@ -84,13 +84,15 @@ class Reference:
         added: ranks of the calibration images that a person added, ascending; 1 is the highest score.
         decision: the threshold that a person set, for people; "": the requested rate sets it.
         decided_rate: of good images, the fraction that is expected above that threshold.
+        problem: why there are none, for people; "" if there are.
     """
 
-    calibration_count: int
-    statistics: Mapping[str, FloatArray]
+    calibration_count: int = 0
+    statistics: Mapping[str, FloatArray] = field(default_factory=dict)
     added: FloatArray = field(default_factory=lambda: np.empty(0))
     decision: str = ""
     decided_rate: float = 0.0
+    problem: str = ""
 
     def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
         """Return the p-values by a calibration without the added images, which are not a random sample."""
@@ -114,21 +116,21 @@ class Sample(NamedTuple):
 def judge_categories(
     night: Night,
     samples: Mapping[str, Sample],
-    references: Mapping[str, Reference | str],
+    references: Mapping[str, Reference],
     earlier: Sequence[Night],
     options: MonitoringOptions,
 ) -> dict[str, CategoryNight]:
     """Return the categories of a night with their verdicts, given those of the nights before it, oldest first.
 
-    A reference is text if there are no good images of the category's model: images without a model are a reason to act.
+    Images whose model has no good images are a reason to act.
     """
     categories = night.categories
     is_idle = sum(not each.images for each in categories.values()) > len(categories) / 2 and len(categories) > 1
     judged = {}
     for name, category in categories.items():
         reference = references[name]
-        if category.images and isinstance(reference, str):
-            verdict = Verdict("act", (Change("model", "act", p_value=0.0, size=1.0, text=reference),))
+        if category.images and reference.problem:
+            verdict = Verdict("act", (Change("model", "act", p_value=0.0, size=1.0, text=reference.problem),))
         else:
             # Images may be missing from nights that were not judged.
             past = {n.day: each for n in earlier[-EARLIER:] if (each := n.categories.get(name)) and each.verdict}
@@ -136,7 +138,7 @@ def judge_categories(
                 category,
                 samples[name],
                 past,
-                None if isinstance(reference, str) else reference,
+                reference,
                 date=night.day,
                 is_idle=is_idle,
                 tests=len(categories) * options.nights,
@@ -150,7 +152,7 @@ def judge(
     night: CategoryNight,
     sample: Sample,
     earlier: Mapping[datetime.date, CategoryNight],
-    reference: Reference | None,
+    reference: Reference,
     *,
     date: datetime.date,
     is_idle: bool,
@@ -162,7 +164,7 @@ def judge(
     Args:
         night, sample: what is judged.
         earlier: the category's nights before it by date, for what is counted; images are compared with the model's.
-        reference: the good images of the model that scored the night; None if there are none.
+        reference: the good images of the model that scored the night; it needs none for a night without scores.
         date: of the night, for its weekday.
         is_idle: most categories have no images on this night.
         tests: number of verdicts that are given together (categories × nights).
@@ -171,7 +173,7 @@ def judge(
     changes = (
         *_fewer_images(night, date, earlier, is_idle),
         *_errors(night, list(earlier.values())),
-        *(_images_and_scores(night, sample, list(earlier.values()), reference) if reference else ()),
+        *_images_and_scores(night, sample, list(earlier.values()), reference),
     )
     # Of two changes with one name, keep the larger one.
     found: dict[str, Change] = {}
@@ -179,7 +181,7 @@ def judge(
         adjusted = min(change.p_value * _BONFERRONI.get(change.name, 1) * tests, 1.0)
         if change.level != "fine" and adjusted <= false_verdict_rate:
             found[change.name] = replace(change, p_value=adjusted)
-    if not found and night.images and reference:
+    if not found and night.images:
         limit = false_verdict_rate / (_BONFERRONI["alarms"] * tests)
         found = {change.name: change for change in _doubts(night, list(earlier.values()), reference, limit)}
     ordered = sorted(found.values(), key=lambda change: (_ORDER[change.name], -change.size))

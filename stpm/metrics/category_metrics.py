@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tabulate import tabulate
 
 from stpm.data.heatmaps import resize_map
@@ -19,7 +18,7 @@ from stpm.data.masks import crop_mask, read_mask, resize_mask
 from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, UndefinedMetricError
 from stpm.method.preprocessing import Preprocessing
-from stpm.metrics.intervals import RANK_METRICS, Flags, Interval, Scores, bootstrap_intervals, wilson_interval
+from stpm.metrics.intervals import RANK_METRICS, Flags, Interval, Scores, rank_metrics, wilson_interval
 from stpm.metrics.pixel_metrics import Map, Mask, PixelCounts, count_pixels
 
 # Title of each metric, in the order of the report's table: first those that papers compare.
@@ -264,29 +263,17 @@ def _measure(scores: LabelledScores) -> CategoryMetrics:
 
 
 def _rank_metrics(is_defect: Flags, scores: Scores) -> dict[str, Metric]:
-    """Compute the metrics that depend only on the order of the scores, by scikit-learn."""
     try:
-        intervals = bootstrap_intervals(is_defect, scores)
+        return {f"image_{name}": Metric(*found) for name, found in rank_metrics(is_defect, scores).items()}
     except UndefinedMetricError as error:
         return {f"image_{name}": Metric(undefined=str(error)) for name in RANK_METRICS}
-    precision, recall, _ = precision_recall_curve(is_defect, scores)
-    values = {
-        "auroc": roc_auc_score(is_defect, scores),
-        "average_precision": average_precision_score(is_defect, scores),
-        "f1_max": (2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)).max(),
-    }
-    return {f"image_{name}": Metric(float(value), intervals[name]) for name, value in values.items()}
 
 
 def _pixel_metrics(scores: LabelledScores) -> dict[str, Metric]:
     try:
         counts = scores.pixel_counts()
-        values = {
-            "pixel_auroc": counts.auroc(),
-            "pixel_average_precision": counts.average_precision(),
-            "pixel_f1_max": counts.f1_max(),
-            **{name: counts.aupro(limit) for name, limit in AUPRO_LIMITS.items()},
-        }
+        values = {f"pixel_{name}": value for name, value in counts.rank_metrics().items()}
+        values |= {name: counts.aupro(limit) for name, limit in AUPRO_LIMITS.items()}
     except UndefinedMetricError as error:
         return {name: Metric(undefined=str(error)) for name in METRICS if name.startswith("pixel")}
     return {name: Metric(value) for name, value in values.items()}

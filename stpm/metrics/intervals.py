@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
@@ -12,7 +15,7 @@ Flags = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float32]
 Interval = tuple[float, float]
 
-# Metrics of images that depend only on the order of the scores.
+# Metrics that depend only on the order of the scores.
 RANK_METRICS = ("auroc", "average_precision", "f1_max")
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
@@ -20,47 +23,46 @@ _RESAMPLES = 2000
 _CHUNK = 2**20
 
 
-def bootstrap_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> dict[str, Interval]:
-    """Compute percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
+def rank_metrics(is_defect: Flags, scores: Scores, seed: int = 0) -> dict[str, tuple[float, Interval]]:
+    """Compute RANK_METRICS of (N,) flags and scores, with percentile bootstrap intervals.
 
-    Resample good and defective images apart, so that their numbers stay. If every defect scores above every good image,
-    the interval has no width. To resample counts by score takes 0.1 s for 120 images; scipy.stats.bootstrap with
-    scikit-learn takes 30 s.
-
-    Return the interval of each of RANK_METRICS, of (N,) flags and scores. With one seed for every category, a report
-    can be reproduced.
+    Resample good and defective images apart, so that their numbers stay (Efron and Tibshirani, An Introduction to the
+    Bootstrap, chapter 13). If every defect scores above every good image, the interval has no width. To resample counts
+    by score takes 0.1 s for 120 images; scipy.stats.bootstrap with scikit-learn takes 30 s. With one seed for every
+    category, a report can be reproduced.
 
     Raises:
         UndefinedMetricError: if there is only one class, or a score is not finite.
     """
-    return dict(zip(RANK_METRICS, _ends(_resample(is_defect, scores[None], seed)[0]), strict=True))
+    return dict(zip(RANK_METRICS, _with_intervals(_resample(is_defect, scores[None], seed)[0]), strict=True))
 
 
-def paired_auroc_intervals(is_defect: Flags, scores: Scores, seed: int = 0) -> list[Interval]:
-    """Compute the intervals of the AUROC of A and B, two scores (2, N) of each image, and of that of B minus that of A.
+def paired_aurocs(is_defect: Flags, scores: Scores, seed: int = 0) -> list[tuple[float, Interval]]:
+    """Compute the AUROC of A and B, two scores (2, N) of each image, and that of B minus that of A, with intervals.
 
     A resample takes the same images for both: what makes an image hard for both cancels out, so that the interval of
-    the difference is narrower than the other two suggest. The method and the errors are those of `bootstrap_intervals`.
+    the difference is narrower than the other two suggest. The method and the errors are those of `rank_metrics`.
     """
     a, b = _resample(is_defect, scores, seed)[:, 0]
-    return _ends(np.stack([a, b, b - a]))
+    return _with_intervals(np.stack([a, b, b - a]))
 
 
 def _resample(is_defect: Flags, scores: Scores, seed: int) -> npt.NDArray[np.float64]:
-    """Compute RANK_METRICS of S scores (S, N) of each image, in the same R resamples of the images: (S, 3, R)."""
+    """Compute RANK_METRICS of S scores (S, N) of each image, in these images and R resamples of them: (S, 3, 1 + R)."""
     for each in scores:
         require_both_classes(is_defect, each)
     rng = np.random.default_rng(seed)
     # Images that have all scores in common are counted together.
     distinct, place = np.unique(-scores, axis=1, return_inverse=True)
-    good, defect = (np.bincount(place[is_defect == flag], minlength=distinct.shape[1]) for flag in (False, True))
+    classes = [np.bincount(place[is_defect == flag], minlength=distinct.shape[1]) for flag in (False, True)]
     chunk = max(1, _CHUNK // distinct.shape[1])
-    resampled = []
-    for start in range(0, _RESAMPLES, chunk):
-        size = min(chunk, _RESAMPLES - start)
-        drawn = [rng.multinomial(counts.sum(), counts / counts.sum(), size) for counts in (good, defect)]
-        resampled.append([_metrics(*(_by_score(counts, each) for counts in drawn)) for each in distinct])
-    return np.concatenate(resampled, axis=2)
+    sizes = (min(chunk, _RESAMPLES - start) for start in range(0, _RESAMPLES, chunk))
+    drawn = ([rng.multinomial(counts.sum(), counts / counts.sum(), size) for counts in classes] for size in sizes)
+    values = [
+        [metrics_of_counts(*(_by_score(counts, each) for counts in pair)) for each in distinct]
+        for pair in chain([[counts[None] for counts in classes]], drawn)
+    ]
+    return np.concatenate(values, axis=2)
 
 
 def _by_score(counts: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -70,10 +72,10 @@ def _by_score(counts: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) ->
     return np.add.reduceat(counts[:, order], starts, axis=1)
 
 
-def _ends(values: npt.NDArray[np.float64]) -> list[Interval]:
-    """Return the interval of each of (M, R) resampled values."""
-    ends = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
-    return [(float(low), float(high)) for low, high in ends.T]
+def _with_intervals(values: npt.NDArray[np.float64]) -> list[tuple[float, Interval]]:
+    """Return the first of each of (M, 1 + R) values, and the interval of the others."""
+    ends = np.quantile(values[:, 1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
+    return [(value, (low, high)) for value, low, high in np.stack([values[:, 0], *ends], axis=1).tolist()]
 
 
 def wilson_interval(flags: Flags) -> Interval:
@@ -91,8 +93,11 @@ def require_both_classes(is_defect: Flags, scores: Scores) -> None:
         raise UndefinedMetricError("a score is not finite")
 
 
-def _metrics(good: npt.NDArray[np.int64], defect: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Compute RANK_METRICS, (3, R), of counts of images (R, K) by score, the largest score first."""
+def metrics_of_counts(good: npt.NDArray[Any], defect: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Compute RANK_METRICS, (3, R), of counts of images or pixels (R, K) by score, the largest score first.
+
+    Ties count half for AUROC. Average precision is scikit-learn's, and F1 that of the best threshold.
+    """
     fp, tp = np.cumsum(good, axis=1), np.cumsum(defect, axis=1)
     goods, defects = fp[:, -1:], tp[:, -1:]
     auroc = (defect * (goods - fp + good / 2) / (goods * defects)).sum(axis=1)

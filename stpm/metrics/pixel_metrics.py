@@ -16,6 +16,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from stpm.errors import UndefinedMetricError
+from stpm.metrics.intervals import RANK_METRICS, metrics_of_counts
 
 # Errors on real maps are near 2e-5, and the state takes a few megabytes.
 MAX_KEYS = 2**17
@@ -55,22 +56,10 @@ class PixelCounts:
         keys, sums = np.concatenate([one.keys, two.keys]), np.concatenate([one.sums, two.sums], axis=1)
         return PixelCounts(keys, sums, one.regions + two.regions, lost_bits, self.max_keys)._merged()
 
-    def auroc(self) -> float:
-        """Compute the area under the ROC curve over pixels, ties counting half."""
-        x, y = self.roc_curve()
-        return float(np.trapezoid(y, x))
-
-    def average_precision(self) -> float:
-        """Compute average precision, as scikit-learn does."""
+    def rank_metrics(self) -> dict[str, float]:
+        """Compute RANK_METRICS over pixels."""
         good, defect, _ = self._descending()
-        fp, tp = np.cumsum(good), np.cumsum(defect)
-        return float((defect / tp[-1] * tp / (tp + fp)).sum())
-
-    def f1_max(self) -> float:
-        """Find the largest F1 of any threshold."""
-        good, defect, _ = self._descending()
-        fp, tp = np.cumsum(good), np.cumsum(defect)
-        return float((2 * tp / (tp[-1] + tp + fp)).max())
+        return dict(zip(RANK_METRICS, metrics_of_counts(good[None], defect[None])[:, 0].tolist(), strict=True))
 
     def aupro(self, limit: float) -> float:
         """Compute the area under the per-region-overlap curve up to a false positive rate, divided by it.
@@ -129,7 +118,7 @@ def count_pixels(maps: Sequence[Map] | Map, masks: Sequence[Mask] | Mask, max_ke
     Three of four pairs of a good and a defective pixel are in order:
 
     >>> counts = count_pixels([np.array([[0.1, 0.5, 0.3, 0.7]], np.float32)], [np.array([[False, False, True, True]])])
-    >>> counts.auroc()
+    >>> counts.rank_metrics()["auroc"]
     0.75
     """
     for anomaly_map, mask in zip(maps, masks, strict=True):

@@ -30,7 +30,7 @@ def render(template: str, /, **values: Any) -> str:
     """Render a page from a template, given by its path in the package.
 
     The template extends `pages/page.html`, whose policy blocks all loading. In the policy, replace SCRIPT-HASH by the
-    hash of the page's last script, so that no other one runs.
+    hash of the page's last script, or of an empty one, so that no other one runs.
     """
     page = _TEMPLATES.get_template(template).render(values)
     script = ["", *_SCRIPT.findall(page)][-1]

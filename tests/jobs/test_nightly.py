@@ -54,7 +54,7 @@ def test_a_night_is_scored_into_its_folder_and_reported(job: Nightly) -> None:
     assert job(max_error_rate=0.5) == 0
     assert job.names() == ["a", "b", "bad", "c"]
     night = record(job)
-    assert (night.images, night.scored, night.errors) == (4, 3, {"damaged": 1})
+    assert (night.total.images, night.total.scored, night.total.errors) == (4, 3, {"damaged": 1})
     assert night.categories["nut"].images == 4
     assert [example.message for example in night.error_examples] == ["cut off"]
     assert [Path(image.uri).stem for image in night.top] == [
@@ -96,7 +96,7 @@ def test_late_files_are_scored_into_their_night_by_a_run_of_their_own(job: Night
     assert job.names(DATE) == ["c"]
     assert [row for row in job.rows(BEFORE) if not row["uri"].endswith("/late.png")] == first
     assert record(job, BEFORE).runs == ("001", "002")
-    assert record(job, BEFORE).images == 3
+    assert record(job, BEFORE).total.images == 3
     html = storage.read(f"{job.out}/nightly.html").decode()
     for link in re.findall(r'href="(date=[^"]*html)"', html):
         assert storage.exists(f"{job.out}/{link}")
@@ -179,7 +179,7 @@ def test_a_problem_of_one_night_stops_no_other(job: Nightly) -> None:
     problem = record(job, BEFORE).problem
     assert "holds the rows of another run: category was '' and is 'nut'" in problem
     assert problem.endswith(f"; run the same command with {OVER}")
-    assert record(job, BEFORE).categories["nut"].images == judged.images + 1
+    assert record(job, BEFORE).categories["nut"].images == judged.total.images + 1
     assert problem in storage.read(f"{job.out}/nightly.html").decode().replace("&#39;", "'")
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_night_is_named_and_written_over_only_by_fresh_as_its_problem_
     assert "run the same command with --date 2026-11-24 --fresh" in html
     assert "--out" not in html
     assert job(fresh=True) == 0
-    assert (job.names(), record(job).images) == (["a", "b"], 2)
+    assert (job.names(), record(job).total.images) == (["a", "b"], 2)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
         patch.setattr(ModelStore, "image_statistics", unreadable)
         assert job() == 2
     night = record(job)
-    assert (night.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
+    assert (night.total.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
     assert night.categories["nut"].verdict is None
     assert job() == 0
     assert record(job).problem == ""
@@ -311,7 +311,7 @@ def test_a_damaged_file_of_one_night_is_its_problem_alone(job: Nightly, file: st
     # Or a list of images that names no category.
     storage.publish(uri, content or storage.read(uri).replace(b'["nut"]', b"[]"), durable=False)
     assert job(DATE) == 2
-    assert record(job).images == 1
+    assert record(job).total.images == 1
     problem = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"][0]["problem"]
     assert uri.removeprefix("/") in problem
     assert problem.endswith(f" run the same command with {OVER}")
@@ -328,7 +328,7 @@ def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypat
     job.dump(DATE, "b")
     monkeypatch.setattr(night_record, "make_record", summarize)
     assert job(DATE) == 2
-    assert record(job).images == 1
+    assert record(job).total.images == 1
     # A name that is not UTF-8 fits on the page.
     assert "503 Slow Down %FF" in storage.read(f"{job.out}/nightly.html").decode()
 
@@ -419,7 +419,7 @@ def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(
     monkeypatch.setenv("STPM_WEBHOOK_SECRET", "the-key")
     job.dump(DATE, "a")
     assert job(webhook="http://me:pass-word@127.0.0.1:9/T0ken?key=key-9") == 2
-    assert record(job).images == 1
+    assert record(job).total.images == 1
     assert "the webhook at http://127.0.0.1:9/... did not take the message: Connection refused" in caplog.text
     texts = [caplog.text, *capsys.readouterr(), *(path.read_text() for path in Path(job.out).rglob("*.json"))]
     texts.append(storage.read(f"{job.out}/nightly.html").decode())

@@ -120,7 +120,7 @@ def test_a_night_without_images_is_compared_with_earlier_ones(nights: Nights) ->
 def test_a_night_with_a_problem_is_counted_and_not_judged(nights: Nights) -> None:
     nights.add(300)
     night = nights.add(10, problem="storage is down")
-    assert (night.images, reasons(night)) == (10, None)
+    assert (night.total.images, reasons(night)) == (10, None)
     assert nights.add(0, problem="storage is down").categories == {}
     # Neither are its images, which are perhaps not all, compared with those of later nights.
     for _ in range(7):
@@ -131,7 +131,7 @@ def test_a_night_with_a_problem_is_counted_and_not_judged(nights: Nights) -> Non
 def test_images_that_no_model_scores_are_a_reason_to_act(nights: Nights) -> None:
     night = nights.add(5, category="bolt", model_id="none")
     assert reasons(night, "bolt") == ("act", ["model"])
-    assert (night.images, night.errors) == (5, {"no_model": 5})
+    assert (night.total.images, night.total.errors) == (5, {"no_model": 5})
 
 
 def test_a_model_that_was_removed_is_named_while_images_come(nights: Nights) -> None:

@@ -95,7 +95,7 @@ def test_a_trend_has_a_point_per_night_by_its_date_and_larger_rates_are_higher_u
     # A night that knows nothing of a category interrupts its trend.
     nights[1] = replace(nights[1], categories={}, problem="storage is down")
     trend = alarm_trend(nights, "nut")
-    points = [[tuple(map(float, point.split(","))) for point in line.split()] for line in trend.lines]
+    points = [[tuple(map(float, point.split(","))) for point in line.split("L")] for line in trend.path.split("M")[1:]]
     assert [[x for x, _ in line] for line in points] == [[4.0], [148.0, 196.0]]
     assert [level for _, _, level, _ in trend.dots] == ["watch", "watch"]
     heights = [44 - y for line in points for _, y in line]

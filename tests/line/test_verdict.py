@@ -25,7 +25,7 @@ def line(rng: np.random.Generator) -> Line:
     return Line(rng)
 
 
-def verdict(nights: list[DrawnNight], reference: Reference | None, tests: int = 20, **options: Any) -> Verdict:
+def verdict(nights: list[DrawnNight], reference: Reference, tests: int = 20, **options: Any) -> Verdict:
     """Judge the last night."""
     *earlier, night = nights
     by_date = {past.date: past for past in earlier}
@@ -242,7 +242,7 @@ def test_an_empty_night_is_named(line: Line) -> None:
         assert (found.level, found.reasons) == ("act", (text,))
     # A product that is no longer made, and a plant that is closed.
     assert verdict([*nights, line.empty(17)], line.reference).level == "watch"
-    found = verdict(nights[:15], None, is_idle=True)
+    found = verdict(nights[:15], Reference(), is_idle=True)
     closed = "Most categories have none: was the plant closed, or are files missing?"
     assert (found.level, found.reasons) == ("watch", (f"{text}. {closed}",))
     # A new product.
@@ -295,7 +295,7 @@ def test_errors_are_named(line: Line) -> None:
     assert (found.level, found.reasons) == ("act", ("20 % of the images are errors (60 of 300), usually 0.0 %",))
     nothing = dict.fromkeys(COMPARED, np.empty(0, np.float32))
     all_errors = replace(night, errors={"damaged": 300}, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
-    assert verdict([all_errors], None).reasons == ("100 % of the images are errors (300 of 300)",)
+    assert verdict([all_errors], Reference()).reasons == ("100 % of the images are errors (300 of 300)",)
 
 
 # Real products. Half of the images are the reference, and the other half the night.

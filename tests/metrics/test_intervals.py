@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from stpm.errors import UndefinedMetricError
-from stpm.metrics.intervals import bootstrap_intervals, paired_auroc_intervals, wilson_interval
+from stpm.metrics.intervals import paired_aurocs, rank_metrics, wilson_interval
 
 
 def by_resampling(is_defect: np.ndarray, scores: np.ndarray, draws: int) -> dict[str, np.ndarray]:
@@ -29,11 +29,12 @@ def test_intervals_agree_with_drawing_images_one_by_one(ties: bool) -> None:
     is_defect = np.arange(60) < 25
     scores = (rng.normal(size=60) + 1.2 * is_defect).astype(np.float32)
     scores = np.round(scores) if ties else scores
-    ours = bootstrap_intervals(is_defect, scores)
+    ours = rank_metrics(is_defect, scores)
     for name, ends in by_resampling(is_defect, scores, 400).items():
-        assert ours[name] == pytest.approx(tuple(ends), abs=0.02), name
-        assert ours[name][0] < ours[name][1]
-    assert ours == bootstrap_intervals(is_defect, scores)
+        _, (low, high) = ours[name]
+        assert (low, high) == pytest.approx(tuple(ends), abs=0.02), name
+        assert low < high
+    assert ours == rank_metrics(is_defect, scores)
 
 
 def test_the_interval_holds_the_true_auroc_at_its_confidence() -> None:
@@ -42,14 +43,15 @@ def test_the_interval_holds_the_true_auroc_at_its_confidence() -> None:
     is_defect = np.arange(60) < 30
     held = 0
     for _ in range(100):
-        low, high = bootstrap_intervals(is_defect, (rng.normal(size=60) + is_defect).astype(np.float32))["auroc"]
+        _, (low, high) = rank_metrics(is_defect, (rng.normal(size=60) + is_defect).astype(np.float32))["auroc"]
         held += low <= 0.7602 <= high
     # At 95 %, fewer than 87 of 100 have a chance of one in a thousand.
     assert held >= 87
 
 
 def test_the_interval_of_separated_classes_has_no_width() -> None:
-    assert bootstrap_intervals(np.array([False, True, True]), np.array([0, 1, 2], np.float32))["auroc"] == (1.0, 1.0)
+    found = rank_metrics(np.array([False, True, True]), np.array([0, 1, 2], np.float32))
+    assert found["auroc"] == (1.0, (1.0, 1.0))
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.95])
@@ -62,12 +64,14 @@ def test_a_paired_interval_takes_the_same_images_of_both(shared: float) -> None:
     good, defects = np.flatnonzero(~is_defect), np.flatnonzero(is_defect)
     drawn = [np.concatenate([rng.choice(good, len(good)), rng.choice(defects, len(defects))]) for _ in range(600)]
     a, b = ([roc_auc_score(is_defect[each], one[each]) for each in drawn] for one in scores)
-    found = paired_auroc_intervals(is_defect, scores)
-    for ends, values in zip(found, (a, b, np.subtract(b, a)), strict=True):
+    found = paired_aurocs(is_defect, scores)
+    aurocs = [roc_auc_score(is_defect, each) for each in scores]
+    assert [value for value, _ in found] == pytest.approx([*aurocs, aurocs[1] - aurocs[0]])
+    for (_, ends), values in zip(found, (a, b, np.subtract(b, a)), strict=True):
         assert ends == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=0.02)
-    width_a, width_b, width = (high - low for low, high in found)
+    width_a, width_b, width = (high - low for _, (low, high) in found)
     assert (width < 0.5 * min(width_a, width_b)) == (shared > 0)
-    assert found[0] == pytest.approx(bootstrap_intervals(is_defect, scores[0])["auroc"], abs=0.01)
+    assert found[0][1] == pytest.approx(rank_metrics(is_defect, scores[0])["auroc"][1], abs=0.01)
 
 
 def test_a_fraction_has_wilsons_interval() -> None:
@@ -87,4 +91,4 @@ def test_a_fraction_has_wilsons_interval() -> None:
 )
 def test_an_undefined_metric_has_a_reason(is_defect: list[bool], scores: list[float], reason: str) -> None:
     with pytest.raises(UndefinedMetricError, match=reason):
-        bootstrap_intervals(np.array(is_defect, bool), np.array(scores, np.float32))
+        rank_metrics(np.array(is_defect, bool), np.array(scores, np.float32))
