@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from commands import integers
-from local_fit import change_recipe, make_fit_parser, recall, teacher_from
+from local_fit import calibrate_on, change_recipe, folds_of, make_fit_parser, recall, score_features, teacher_from
 from results import Results
 from scipy import stats
 from tabulate import tabulate
@@ -37,7 +37,6 @@ from tabulate import tabulate
 from stpm.data import mvtec
 from stpm.detector import Detector
 from stpm.fitting.build_memory import MemoryCandidates
-from stpm.fitting.calibrate import calibrate
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -47,7 +46,6 @@ from stpm.method.memory_bank import MemoryBank
 from stpm.method.recipe import PRESETS, Recipe
 
 _RAM_BUDGET = 4 * 2**30
-_FOLDS = 5
 # Good images that no model of a draw has seen, and defects, at most.
 _MAX_FRESH, _MAX_DEFECTS = 120, 80
 
@@ -92,26 +90,14 @@ class Bench:
             detector = Detector.assemble(self.features.teacher, self.recipe, student, candidates.banks)
             parts: Iterable[tuple[Sequence[MemoryBank], Indices]] = [(candidates.banks, held_out)]
             if way == "folds":
-                folds = map(np.sort, np.array_split(shuffled, min(_FOLDS, count)))
-                parts = ((candidates.banks_without(fold), fold) for fold in folds)
-            scores, _, scales, _ = calibrate(detector, self.features, parts, held_out)
-            detector = dataclasses.replace(detector, distance_scales=scales)
+                parts = folds_of(candidates, shuffled)
+            detector, scores = calibrate_on(detector, self.features, parts, held_out)
             found[way] = {
-                "calibration": np.sort(scores).tolist(),
-                "good": self._score(detector, fresh),
-                "defects": self._score(detector, self._defects),
+                "calibration": scores.tolist(),
+                "good": score_features(detector, self.features, fresh),
+                "defects": score_features(detector, self.features, self._defects),
             }
         return {"ways": found}
-
-    @torch.inference_mode()
-    def _score(self, detector: Detector, images: Indices) -> list[float]:
-        scores = []
-        for batch in self.features.batches(images):
-            content = self.features.images.content[batch]
-            levels = [level.float() for level in self.features(batch)]
-            maps = detector.anomaly_maps(detector.distances(self.features.inputs(batch), content, levels), content)
-            scores += [score for part in maps for score in part.scores(self.recipe.top_fraction)]
-        return scores
 
 
 def pareto(scores: Array, rate: float) -> float:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from stpm.data import decoding, mvtec
 from stpm.data.masks import resize_mask
 from stpm.detector import Detector
 from stpm.fitting.build_memory import MemoryCandidates
+from stpm.fitting.calibrate import calibrate
 from stpm.fitting.fit_category import WorkerSettings, fit_category
-from stpm.fitting.splits import split_images
+from stpm.fitting.splits import Indices, split_images
 from stpm.fitting.task import FitTask
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
@@ -34,6 +35,7 @@ from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict
 from stpm.method.device import device_capabilities
 from stpm.method.fusion import Distances, sample_distances
+from stpm.method.memory_bank import MemoryBank
 from stpm.method.preprocessing import Content, Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.scales import fit_scales
@@ -46,6 +48,7 @@ from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
 
 _BATCH = 16
+_FOLDS = 5
 _FALSE_ALARMS = 0.02
 # Bytes that decoded images, and features, may take.
 _RAM_BUDGET = 4 * 2**30
@@ -130,6 +133,35 @@ def fit(category: mvtec.Category, recipe: Recipe) -> Fitted:
     kept = trained.kept_epoch
     detector = Detector.assemble(teacher, recipe, trained.student, memory)
     return Fitted(detector, trained.student, held, seconds, None if kept is None else kept.validation_loss)
+
+
+def folds_of(candidates: MemoryCandidates, shuffled: Indices) -> Iterator[tuple[Sequence[MemoryBank], Indices]]:
+    """Yield the memory banks without each fold, with the images of the fold; images are in the order to split."""
+    for fold in map(np.sort, np.array_split(shuffled, min(_FOLDS, len(shuffled)))):
+        yield candidates.banks_without(fold), fold
+
+
+def calibrate_on(
+    detector: Detector,
+    features: TeacherFeatures,
+    parts: Iterable[tuple[Sequence[MemoryBank], Indices]],
+    held_out: Indices,
+) -> tuple[Detector, Float32Array]:
+    """Return the detector with its distance scales, and the scores of the images that calibrate it, ascending."""
+    scores, _, scales, _ = calibrate(detector, features, parts, held_out)
+    return dataclasses.replace(detector, distance_scales=scales), np.sort(scores)
+
+
+@torch.inference_mode()
+def score_features(detector: Detector, features: TeacherFeatures, images: Indices) -> list[float]:
+    """Score images by the teacher's features of them."""
+    scores = []
+    for batch in features.batches(images):
+        content = features.images.content[batch]
+        levels = [level.float() for level in features(batch)]
+        maps = detector.anomaly_maps(detector.distances(features.inputs(batch), content, levels), content)
+        scores += [score for part in maps for score in part.scores(detector.recipe.top_fraction)]
+    return scores
 
 
 @dataclasses.dataclass(frozen=True)
