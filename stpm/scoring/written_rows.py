@@ -79,13 +79,13 @@ def _summaries_of(output: RunOutput) -> Iterator[RowSummary]:
     return chain.from_iterable(map(read_summaries, summaries_by_segment(output).values()))
 
 
-def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowSummary:
-    """Add up the summaries of an attempt at a run that has this number of rows, and name the most anomalous images.
+def total_of_finished(output: RunOutput, rows: int) -> RowSummary:
+    """Add up the summaries of an attempt at a run that has this number of rows.
 
     Raises:
         RunDamagedError: if a summary is damaged, or the summaries are of another number of rows.
     """
-    total = RowSummary.total(_summaries_of(output), max_ranked)
+    total = RowSummary.total(_summaries_of(output))
     if total.rows != rows:
         raise RunDamagedError(
             f"the summaries in {output.summaries} are of {total.rows} rows, and the run has {rows}: some are missing"
@@ -93,7 +93,7 @@ def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowS
     return total
 
 
-def take_over(output: RunOutput, state: RunState, manifest: Manifest, max_ranked: int) -> dict[int, RowSummary]:
+def take_over(output: RunOutput, state: RunState, manifest: Manifest) -> dict[int, RowSummary]:
     """Add up what the attempt that counts has written, and record that from now on this attempt counts.
 
     An attempt before that which wrote the manifest had another list of images.
@@ -107,31 +107,31 @@ def take_over(output: RunOutput, state: RunState, manifest: Manifest, max_ranked
     counted = state.record.attempt
     earlier = summaries_by_segment(output.with_attempt(counted)) if counted >= manifest.attempt else {}
     begun = [segment for segment in manifest.segments(output.manifest) if segment.number in earlier]
-    sums = {each.number: add_up(output, each, earlier[each.number], max_ranked) for each in begun}
+    sums = {each.number: add_up(output, each, earlier[each.number]) for each in begun}
     state.write(replace(state.record, attempt=output.attempt))
     return sums
 
 
-def finish_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowSummary:
+def finish_segment(output: RunOutput, segment: Segment) -> RowSummary:
     """Add up the summaries that tasks left of a segment's rows, and remove them.
 
     Raises:
         RunDamagedError: as `add_up` does.
     """
     uris = summaries_by_segment(output).get(segment.number, [])
-    summary = add_up(output, segment, uris, max_ranked)
+    summary = add_up(output, segment, uris)
     storage.remove(output.task_summaries(segment.number))
     return summary
 
 
-def add_up(output: RunOutput, segment: Segment, uris: Sequence[str], max_ranked: int) -> RowSummary:
+def add_up(output: RunOutput, segment: Segment, uris: Sequence[str]) -> RowSummary:
     """Add up summaries of a segment's rows in one file of this attempt. If that is all rows, check that they are there.
 
     Raises:
         RunDamagedError: if a summary or a file is damaged, there are more rows than images, or the files have another
             number of rows than the summaries.
     """
-    summary = RowSummary.total(read_summaries(uris), max_ranked)
+    summary = RowSummary.total(read_summaries(uris))
     if summary.rows > segment.rows:
         raise RunDamagedError(
             f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}"

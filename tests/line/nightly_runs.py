@@ -104,7 +104,7 @@ class Nightly:
                     storage.publish(
                         f"{run.output.scores}/{task}-0.parquet", storage.encode_parquet(made), durable=False
                     )
-                    summary = RowSummary.of_rows(made, task, run.triage_images).to_json()
+                    summary = RowSummary.of_rows(made, task).to_json()
                     uri = f"{run.output.task_summaries(segment)}/{task}.json"
                     storage.publish(uri, summary, durable=False)
 

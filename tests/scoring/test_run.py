@@ -148,7 +148,7 @@ def publish_rows(output: RunOutput, start: int, stop: int) -> None:
     rows = make_output(count, **values, **{name: shards[name].to_pylist() for name in ("image_id", "uri")})
     task = f"scores_{output.attempt:06}_{32 * 'a'}_{start:06}_{8 * 'c'}"
     storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
-    summary = RowSummary.of_rows(rows, task, max_ranked=2).to_json()
+    summary = RowSummary.of_rows(rows, task).to_json()
     storage.publish(f"{output.task_summaries(0)}/{task}.json", summary)
 
 

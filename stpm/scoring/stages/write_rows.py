@@ -32,12 +32,9 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         output: of the run, with the attempt that writes.
         options: whether files hold raw maps.
         rows_per_file: minimum rows of a file.
-        max_ranked: number of the most anomalous images that a summary names.
     """
 
-    def __init__(
-        self, output: RunOutput, options: OutputOptions, segment: int, rows_per_file: int, max_ranked: int
-    ) -> None:
+    def __init__(self, output: RunOutput, options: OutputOptions, segment: int, rows_per_file: int) -> None:
         filesystem, path = storage.arrow_filesystem(output.scores)
         super().__init__(
             path,
@@ -49,7 +46,6 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
         )
         self._output = output
         self._summaries = output.task_summaries(segment)
-        self._max_ranked = max_ranked
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
         """Write the rows of a task, then their summary.
@@ -75,8 +71,7 @@ class RowWriter(ParquetDatasink):  # type: ignore[misc]
                 if task_of(uri) == name:
                     storage.remove(uri)
             raise
-        summaries = (RowSummary.of_rows(table, name, self._max_ranked) for table in tables)
-        summary = RowSummary.total(summaries, self._max_ranked)
+        summary = RowSummary.total(RowSummary.of_rows(table, name) for table in tables)
         storage.publish(storage.join(self._summaries, f"{name}.json"), summary.to_json())
 
     def _get_basename_template(self, filename: str, write_uuid: str) -> str:

@@ -10,15 +10,14 @@ import pytest
 from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
 
 from stpm import storage
-from stpm.errors import DataError, RunInterruptedError
+from stpm.errors import RunInterruptedError
 from stpm.lease import hold_lease
-from stpm.scoring import ranked_rows
 from stpm.scoring.inputs.manifest import Segment, Shard
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from stpm.scoring.row_summary import task_of
-from stpm.scoring.run_state import RunState, ScoringConfig
+from stpm.scoring.ranked_rows import most_anomalous
+from stpm.scoring.row_summary import RowSummary, task_of
 from stpm.scoring.stages.write_rows import RowWriter
 from stpm.scoring.written_rows import finish_segment, remove_leftovers, total_of_finished
 from tests.datasets import make_output
@@ -43,36 +42,23 @@ def write(
     output: RunOutput, options: OutputOptions, blocks: list[pa.Table], task: int = 7, rows_per_file: int = 1
 ) -> None:
     """Write rows as a task does."""
-    writer = RowWriter(output, options, 0, rows_per_file, max_ranked=5)
+    writer = RowWriter(output, options, 0, rows_per_file)
     writer.write(blocks, SimpleNamespace(kwargs={"write_uuid": 32 * "a"}, task_idx=task))
 
 
-def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_tasks_report_equals_a_scan_and_the_most_anomalous_rows_are_found(tmp_path: Path) -> None:
     output, options = RunOutput.single(str(tmp_path)), OutputOptions()
-    state = RunState(output.state_folder)
-    state.start(ScoringConfig((), 0.01))
-    state.write(replace(state.record, attempt=0))
     for task, bounds in enumerate([(0, 30), (30, 31), (31, 100)]):
         rows = output_rows(*bounds)
         write(output, options, [rows.slice(0, 20), rows.slice(20, 0), rows.slice(20)], task, rows_per_file=20)
-    scanned = ranked_rows.scan_rows(output, max_ranked=5)
-    assert finish_segment(output, Segment(0, (Shard("shard", 100),)), max_ranked=5) == scanned
-    assert scanned.rows == 100
-    with monkeypatch.context() as patch:
-        patch.setattr(ranked_rows, "scan_rows", lambda *_: pytest.fail("all rows were read"))
-        shown = ranked_rows.most_anomalous(output, 4)
+    summary = finish_segment(output, Segment(0, (Shard("shard", 100),)))
+    assert summary == replace(RowSummary.of_rows(open_rows(output).to_table(), ""), tasks=summary.tasks)
+    assert (summary.rows, len(summary.tasks)) == (100, 3)
+    shown = most_anomalous(output, 4)
     assert [(row["score"], row["category"]) for row in shown] == [
         (score, ("nut", "a b", "c/d")[image % 3]) for score, image in ((99.0, 27), (98.0, 54), (97.0, 81), (96.0, 8))
     ]
     assert [row["heatmap_png"] for row in shown] == [b"27", b"54", b"81", b"8"]
-    # The tasks named five images each.
-    assert [row["score"] for row in ranked_rows.most_anomalous(output, 7)][4:] == [95.0, 94.0, 93.0]
-    for uri in storage.glob(f"{output.scores}/scores_000000_{32 * 'a'}_000000_*.parquet")[0]:
-        storage.remove(uri)
-    with pytest.raises(DataError, match=r"2 of the most anomalous images have no row in .*/scores"):
-        ranked_rows.most_anomalous(output, 4)
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -88,13 +74,13 @@ def test_of_a_task_that_ray_repeats_one_try_counts(
         monkeypatch.setattr(storage, "publish", publish)
         write(output, options, [output_rows(0, 10)])
         if ended:
-            assert finish_segment(output, segment, 5).rows == 10
+            assert finish_segment(output, segment).rows == 10
         publish(uri, data)
 
     monkeypatch.setattr(storage, "publish", suspended)
     write(output, options, [output_rows(0, 9)])
     write(output, options, [output_rows(0, 4)])
-    summary = finish_segment(output, segment, 5)
+    summary = finish_segment(output, segment)
     files = [uri for uri in output.files() if task_of(uri) in summary.tasks]
     assert summary.rows == (10 if ended else open_rows(output, files=files).count_rows())
     remove_leftovers(output, total_of_finished(output, summary.rows).tasks)
