@@ -233,7 +233,7 @@ def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
             name = f"{output.name}_{segment.number:06}_{task:012}_try"
             written = output_rows(done.slice(start, _ROWS_PER_FILE))
             storage.publish(
-                storage.join(output.scores, f"{name}-0.parquet"), storage.encode_parquet(written), durable=False
+                storage.join(output.scores, f"{name}.parquet"), storage.encode_parquet(written), durable=False
             )
             summary = storage.join(output.task_summaries(segment.number), f"{name}.json")
             storage.publish(summary, RowSummary.of_rows(written, name).to_json(), durable=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,13 +20,11 @@ T = TypeVar("T")
 # Maximum number of images with an error that a summary names.
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
-# Arrow adds a number to the task's name in the name of a file of rows.
-_FILE_NUMBER = re.compile(r"-\d+$")
 
 
 def task_of(uri: str) -> str:
     """Return the name of the task that wrote a file of rows."""
-    return _FILE_NUMBER.sub("", PurePosixPath(uri).name.removesuffix(".parquet"))
+    return PurePosixPath(uri).stem
 
 
 @dataclass(frozen=True)

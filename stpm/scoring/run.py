@@ -82,8 +82,9 @@ def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, model
     start = time.perf_counter()
     with connected(), interrupted_by_ray("scoring"):
         total, progress = _score_segments(run, state, manifest, models)
-    # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.
-    storage.remove_unfinished(run.output.heatmaps)
+    # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only local folders are listed.
+    for folder in (run.output.heatmaps, run.output.scores):
+        storage.remove_unfinished(folder)
     missing = manifest.rows - total.rows
     if missing and not progress.unfinished:
         raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {manifest.rows} images")

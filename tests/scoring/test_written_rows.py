@@ -62,7 +62,7 @@ def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: 
     count = rows.stop - rows.start
     made = make_output(count, **{name: images[name].to_pylist()[:count] for name in ("image_id", "uri", "category")})
     task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(made))
+    storage.publish(f"{output.scores}/{task}.parquet", storage.encode_parquet(made))
     if summarized:
         summary = RowSummary.of_rows(made, task).to_json()
         storage.publish(f"{output.task_summaries(segment.number)}/{task}.json", summary)
@@ -145,7 +145,7 @@ def test_only_the_files_of_its_own_segment_are_listed(
     monkeypatch.setattr(storage, "files_starting", lambda *where: listed.extend(f := list_files(*where)) or f)
     monkeypatch.setattr(RunOutput, "files", lambda _: pytest.fail("all files were listed"))
     finish_segment(output, segments[0])
-    assert {*mine} <= {PurePosixPath(uri).stem.removesuffix("-0") for uri in listed}
+    assert {*mine} <= {PurePosixPath(uri).stem for uri in listed}
     assert not [uri for uri in listed if 32 * "b" in uri]
 
 
@@ -155,7 +155,7 @@ def test_rows_that_are_written_twice_or_lost_are_an_error(output: RunOutput, seg
     with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
         finish_segment(output, segments[0])
     # The segment's one file.
-    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}-0.parquet")
+    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}.parquet")
     with pytest.raises(RunDamagedError, match=r"0 rows in the files of .*, where 2 of segment 1 were written"):
         finish_segment(output, segments[1])
 
@@ -166,7 +166,7 @@ def test_rows_that_are_lost_or_left_over_are_an_error(
     output: RunOutput, segments: list[Segment], stop: int, count: int, found: int
 ) -> None:
     """A power failure keeps a summary and loses rows. That is noticed whether all rows were written, or not."""
-    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}-0.parquet"
+    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}.parquet"
     if stop > 3:
         write_task(output, segments[0], slice(3, stop))
     storage.remove(file)
@@ -224,7 +224,7 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     write_task(stale, first, slice(5, 8))
     storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
     remove_leftovers(new, tasks)
-    assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
+    assert sorted(names(output)) == [*tasks, "scores_of_mine"]
     write_task(old, first, slice(5, 6))
     write_task(stale, first, slice(5, 8))
     tasks.append(write_task(new, first, slice(5, 8)))
@@ -237,7 +237,7 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     assert finish_segment(new, first).tasks == tasks
     assert [summary.tasks for summary in committed_summaries(output)] == [tasks]
     remove_leftovers(new, tasks)
-    assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
+    assert sorted(names(output)) == [*tasks, "scores_of_mine"]
     assert storage.files(output.summaries) == [new.segment_summary(0)]
 
 
