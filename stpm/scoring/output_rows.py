@@ -107,7 +107,7 @@ def naming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -
     After an error, read each of `files` (None: all of the run) again to find the damaged one.
 
     Raises:
-        RunDamagedError: if a file of rows is damaged.
+        RunDamagedError: if a file of rows is damaged or missing.
     """
     try:
         with storage.as_os_errors():
@@ -118,6 +118,8 @@ def naming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -
                 storage.read_table(uri)
             except DataError as error:
                 raise RunDamagedError(str(error)) from error
+            except FileNotFoundError as error:
+                raise RunDamagedError(f"{uri} is missing, and with it rows of this run") from error
         if isinstance(failure, pa.ArrowException):
             reason = " ".join(str(failure).split())
             raise RunDamagedError(f"{output.scores}: a file of rows is damaged: {reason}") from failure

@@ -6,7 +6,6 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import TypeVar
 
 import pyarrow as pa
@@ -20,11 +19,6 @@ T = TypeVar("T")
 # Maximum number of images with an error that a summary names.
 _ERROR_EXAMPLES = 10
 _ERROR_COLUMNS = ["uri", "error_kind", "error_message"]
-
-
-def task_of(uri: str) -> str:
-    """Return the name of the task that wrote a file of rows."""
-    return PurePosixPath(uri).stem
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class RowWriter(Datasink):  # type: ignore[misc]
             return
         # An earlier try may be suspended, and go on later.
         name = f"{task}_{uuid.uuid4().hex[:8]}"
-        uri = storage.join(self._output.scores, f"{name}.parquet")
+        (uri,) = self._output.files_of([name])
         rows = pa.concat_tables(tables, promote_options="default")
         check(self._output.fence)
         # The run syncs all files at its end.

@@ -16,7 +16,7 @@ from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.ranked_rows import most_anomalous
-from stpm.scoring.row_summary import RowSummary, task_of
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.stages.write_rows import RowWriter
 from stpm.scoring.written_rows import finish_segment, remove_leftovers, total_of_finished
 from tests.datasets import make_output
@@ -82,8 +82,7 @@ def test_of_a_task_that_ray_repeats_one_try_counts(
     write(writer, output_rows(0, 9))
     write(writer, output_rows(0, 4))
     summary = finish_segment(output, segment)
-    files = [uri for uri in output.files() if task_of(uri) in summary.tasks]
-    assert summary.rows == (10 if ended else open_rows(output, files=files).count_rows())
+    assert summary.rows == (10 if ended else open_rows(output, files=output.files_of(summary.tasks)).count_rows())
     remove_leftovers(output, total_of_finished(output, summary.rows).tasks)
     assert open_rows(output).count_rows() == summary.rows
 
@@ -112,5 +111,5 @@ def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
         monkeypatch.undo()
         (summary,) = tmp_path.glob("summaries/**/*.json")
         assert re.fullmatch(r"scores_000000_[0-9a-f]{32}_000000_[0-9a-f]{8}", summary.stem)
-        assert summary.stem == task_of(before)
+        assert output.files_of([summary.stem]) == [before]
         storage.remove(f"{folder}/.lease/1.json")
