@@ -24,7 +24,7 @@ from tests.evaluation.runs import result
 COUNTS = {"nut": CategoryCounts(rows=2, anomalous=1, errors=1)}
 RECORDS = [
     Manifest(2, 0, {"nut": 2}),
-    RowSummary(COUNTS, {"empty": 1}, ["a.png: empty"], 9, ["task"]),
+    RowSummary(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS, 9, ["task"]),
     RunResult(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS),
     Versions(Version("nut-1", "f"), (Version("nut-0", "e"),)),
     Night(

@@ -96,12 +96,7 @@ def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, model
             "to try them again, or with --accept-errors to write such errors as rows"
         )
     return RunResult(
-        rows=total.rows,
-        anomalous=total.anomalous,
-        errors=total.errors,
-        error_examples=total.error_examples,
-        categories=total.categories,
-        bytes_read=total.bytes_read,
+        *(total.rows, total.anomalous, total.errors, total.error_examples, total.categories, total.bytes_read),
         unfinished=missing,
         seconds=round(time.perf_counter() - start, 3),
         statistics=progress.statistics,
