@@ -194,7 +194,7 @@ def start_watched(client: dict[str, str], mode: str, *options: str) -> subproces
 
 
 def row_files(out: str, attempt: int) -> set[str]:
-    return set(storage.files_starting(f"{out}/scores", f"scores_{attempt:06}_"))
+    return set(storage.glob(f"{out}/scores/scores_{attempt:06}_*")[0])
 
 
 @pytest.mark.parametrize(("mode", "out"), [("awake", "local"), ("asleep", "s3")], indirect=["out"])

@@ -51,11 +51,10 @@ class RowWriter(Datasink):  # type: ignore[misc]
             RunInterruptedError: if another run has taken the lease; then the task leaves no rows.
         """
         tables = [block for block in blocks if block.num_rows]
-        task = f"{self._output.name}_{self._output.attempt:06}_{self._execution}_{ctx.task_idx:06}"
-        # Ray repeats a task whose node was lost after it ended: keep the rows, which are complete.
-        if not tables or storage.files_starting(self._summaries, f"{task}_"):
+        if not tables:
             return
-        # An earlier try may be suspended, and go on later.
+        task = f"{self._output.name}_{self._output.attempt:06}_{self._execution}_{ctx.task_idx:06}"
+        # Ray repeats a task whose node was lost, and an earlier try may go on: each has a name, and one of them counts.
         name = f"{task}_{uuid.uuid4().hex[:8]}"
         (uri,) = self._output.files_of([name])
         rows = pa.concat_tables(tables, promote_options="default")

@@ -64,7 +64,7 @@ def test_what_tasks_report_equals_a_scan_and_the_most_anomalous_rows_are_found(t
 def test_of_a_task_that_ray_repeats_one_try_counts(
     tmp_path: Path, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first, with fewer rows, is suspended until the second or the segment has ended; a third does nothing."""
+    """The first, with fewer rows, is suspended until the second or the segment has ended; the third comes last."""
     output = RunOutput.single(str(tmp_path))
     writer = RowWriter(output, OutputOptions(), 0, 1)
     segment = Segment(0, (Shard("", 10),))
