@@ -287,7 +287,7 @@ def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
     assert not other.output.files()
 
 
-def test_unfinished_heatmaps_of_killed_processes_are_removed(
+def test_unfinished_files_of_killed_processes_are_removed(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heatmaps = tmp_path / "run" / "heatmaps" / "scores" / "nut"
@@ -297,10 +297,12 @@ def test_unfinished_heatmaps_of_killed_processes_are_removed(
         for name in (f".{32 * 'a'}.part", "b.png"):
             (heatmaps / name).touch()
         publish_rows(run.output, 0, 2)
+        (tmp_path / "run" / "scores" / f".{32 * 'a'}.part").touch()
 
     replace_ray(monkeypatch, score_shards)
     score()
     assert [path.name for path in heatmaps.iterdir()] == ["b.png"]
+    assert len([*(tmp_path / "run" / "scores").iterdir()]) == 1
 
 
 def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
