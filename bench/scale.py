@@ -211,7 +211,7 @@ def run_stub(output: RunOutput, images: Manifest, segments: Sequence[Segment], s
     def score() -> None:
         for segment in segments:
             pipeline.score_shards(run, segment.shards, segment.number, {}, progress, state)
-            finish_segment(output, segment, _TOP)
+            finish_segment(output, segment)
 
     def to_first_block() -> None:
         with suppress(RayTaskError):
@@ -233,10 +233,10 @@ def make_up_rows(output: RunOutput, segment: Segment, fraction: float) -> None:
             name = f"{output.name}_{segment.number:06}_{task:012}_try"
             written = output_rows(done.slice(start, _ROWS_PER_FILE))
             storage.publish(
-                storage.join(output.scores, f"{name}-0.parquet"), storage.encode_parquet(written), durable=False
+                storage.join(output.scores, f"{name}.parquet"), storage.encode_parquet(written), durable=False
             )
             summary = storage.join(output.task_summaries(segment.number), f"{name}.json")
-            storage.publish(summary, RowSummary.of_rows(written, name, _TOP).to_json(), durable=False)
+            storage.publish(summary, RowSummary.of_rows(written, name).to_json(), durable=False)
             task += 1
 
 
@@ -246,12 +246,12 @@ def resume(output: RunOutput, images: Manifest, fraction: float) -> None:
     state, done = start(output), int(len(segments) * fraction)
     begun = segments[done]
     make_up_rows(output, begun, len(segments) * fraction - done)
-    summary = RowSummary.of_rows(output_rows(storage.read_table(begun.shards[0].uri)), "scores", _TOP)
+    summary = RowSummary.of_rows(output_rows(storage.read_table(begun.shards[0].uri)), "scores")
     for segment in segments[:done]:
         storage.publish(output.segment_summary(segment.number), summary.to_json())
 
     def act() -> None:
-        written = take_over(output.with_attempt(1), state, images, _TOP)
+        written = take_over(output.with_attempt(1), state, images)
         unwritten_shards(output.with_attempt(1), begun, written.get(begun.number, RowSummary()))
 
     measure(f"resume{fraction * 100:.0f}", images.rows, act, begun.rows)
@@ -265,8 +265,8 @@ def commit(output: RunOutput, images: Manifest) -> None:
 
     def act() -> None:
         for segment in segments:
-            finish_segment(output, segment, _TOP)
-        assert RowSummary.total(committed_summaries(output), _TOP).rows == images.rows
+            finish_segment(output, segment)
+        assert RowSummary.total(committed_summaries(output)).rows == images.rows
 
     measure("commit", images.rows, act)
 

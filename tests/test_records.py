@@ -17,14 +17,14 @@ from stpm.method.arithmetic import Arithmetic
 from stpm.models.versions import Version, Versions
 from stpm.records import convert, from_json, to_json
 from stpm.scoring.inputs.manifest import Manifest
-from stpm.scoring.row_summary import RankedImage, RowSummary
-from stpm.scoring.run_statistics import CategoryCounts, RunResult
+from stpm.scoring.row_summary import RowSummary
+from stpm.scoring.run_statistics import CategoryCounts, RunResult, UnfinishedImage
 from tests.evaluation.runs import result
 
 COUNTS = {"nut": CategoryCounts(rows=2, anomalous=1, errors=1)}
 RECORDS = [
-    Manifest(2, 0, ("nut",), (2,)),
-    RowSummary(COUNTS, {"empty": 1}, ["a.png: empty"], 9, 3, [RankedImage(0.5, -7, "task")]),
+    Manifest(2, 0, {"nut": 2}),
+    RowSummary(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS, 9, ["task"]),
     RunResult(2, 1, {"empty": 1}, ["a.png: empty"], COUNTS),
     Versions(Version("nut-1", "f"), (Version("nut-0", "e"),)),
     Night(
@@ -95,9 +95,9 @@ def test_other_bytes_are_an_error_in_one_line(content: bytes) -> None:
         (list[str], ["a", 1]),
         (dict[str, int], [["nut", 1]]),
         (dict[float, int], {"x": 1}),
-        (RankedImage, [0.5, 1]),
-        (RankedImage, []),
-        (RankedImage, [0.5, "1", "task"]),
+        (UnfinishedImage, ["a.png", "empty"]),
+        (UnfinishedImage, []),
+        (UnfinishedImage, ["a.png", 1, "no bytes"]),
         (Arithmetic | None, 5),
         (int, True),
         (int, 5.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -136,6 +137,10 @@ class RunOutput:
         """List the URIs of the Parquet files that the run wrote."""
         written = storage.files(self.scores)
         return [uri for uri in written if uri.rsplit("/", 1)[-1].startswith(f"{self.name}_")]
+
+    def files_of(self, tasks: Iterable[str]) -> list[str]:
+        """Return the URIs of the Parquet files that tasks wrote: one each, named after the task."""
+        return [storage.join(self.scores, f"{task}.parquet") for task in tasks]
 
     def written_uris(self) -> list[str]:
         """List the files and folders that exist under the names that the run writes to."""

@@ -44,15 +44,23 @@ def open_rows(output: RunOutput, columns: Collection[str] = (), files: Sequence[
 
 
 def read_batches(
-    output: RunOutput, columns: Sequence[str], chosen: ds.Expression | None = None, batch_size: int = 131_072
+    output: RunOutput,
+    columns: Sequence[str],
+    chosen: ds.Expression | None = None,
+    batch_size: int = 131_072,
+    files: Sequence[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Read columns of the rows that the run wrote, and that fulfil a condition, at most `batch_size` at a time.
+
+    Args:
+        files: of the run, to read no others.
 
     Raises:
         RunDamagedError: if a file is damaged, or has other columns.
     """
-    with naming_damaged_file(output):
-        yield from open_rows(output, columns).to_batches(list(columns), filter=chosen, batch_size=batch_size)
+    with naming_damaged_file(output, files):
+        for dataset in _open_some(output, files, columns):
+            yield from dataset.to_batches(list(columns), filter=chosen, batch_size=batch_size)
 
 
 def row_reader(output: RunOutput) -> pa.RecordBatchReader:
@@ -69,7 +77,7 @@ def count_rows(output: RunOutput, files: Sequence[str] | None = None) -> int:
         RunDamagedError: if a file is damaged.
     """
     with naming_damaged_file(output, files):
-        return sum(dataset.count_rows() for dataset in _open_some(output, output.files() if files is None else files))
+        return sum(dataset.count_rows() for dataset in _open_some(output, files))
 
 
 def read_ids(output: RunOutput, files: Sequence[str]) -> Int64Array:
@@ -78,15 +86,15 @@ def read_ids(output: RunOutput, files: Sequence[str]) -> Int64Array:
     Raises:
         RunDamagedError: if a file is damaged.
     """
-    with naming_damaged_file(output, files):
-        tables = [dataset.to_table(columns=["image_id"]) for dataset in _open_some(output, files)]
-    return np.sort(np.concatenate([np.empty(0, np.int64), *(table["image_id"].to_numpy() for table in tables)]))
+    ids = [batch["image_id"].to_numpy() for batch in read_batches(output, ["image_id"], files=files)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *ids]))
 
 
-def _open_some(output: RunOutput, files: Sequence[str]) -> Iterator[ds.Dataset]:
+def _open_some(output: RunOutput, files: Sequence[str] | None, columns: Collection[str] = ()) -> Iterator[ds.Dataset]:
     """Open some files at a time: a dataset keeps each file's footer, which takes more memory than the file's ids."""
-    for start in range(0, len(files), _FILES_AT_ONCE):
-        yield open_rows(output, files=files[start : start + _FILES_AT_ONCE])
+    found = output.files() if files is None else files
+    for start in range(0, len(found), _FILES_AT_ONCE):
+        yield open_rows(output, columns, found[start : start + _FILES_AT_ONCE])
 
 
 def check_row_count(output: RunOutput) -> None:
@@ -107,7 +115,7 @@ def naming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -
     After an error, read each of `files` (None: all of the run) again to find the damaged one.
 
     Raises:
-        RunDamagedError: if a file of rows is damaged.
+        RunDamagedError: if a file of rows is damaged or missing.
     """
     try:
         with storage.as_os_errors():
@@ -118,6 +126,8 @@ def naming_damaged_file(output: RunOutput, files: Sequence[str] | None = None) -
                 storage.read_table(uri)
             except DataError as error:
                 raise RunDamagedError(str(error)) from error
+            except FileNotFoundError as error:
+                raise RunDamagedError(f"{uri} is missing, and with it rows of this run") from error
         if isinstance(failure, pa.ArrowException):
             reason = " ".join(str(failure).split())
             raise RunDamagedError(f"{output.scores}: a file of rows is damaged: {reason}") from failure

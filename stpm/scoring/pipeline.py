@@ -103,7 +103,7 @@ def score_shards(
         )
         try:
             rows.write_datasink(
-                RowWriter(output, config.output, segment, options.rows_per_file, run.triage_images),
+                RowWriter(output, config.output, segment, options.rows_per_file),
                 ray_remote_args={"num_cpus": pool.task_cpus},
             )
         except RayError as error:

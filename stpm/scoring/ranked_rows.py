@@ -1,72 +1,71 @@
-"""Read the most anomalous rows of a run, which the summaries of its rows rank."""
+"""Read the most anomalous rows of a run."""
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.dataset as ds
 
-from stpm.errors import RunDamagedError
+from stpm import storage
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import naming_damaged_file, open_rows
-from stpm.scoring.row_summary import COLUMNS, VIEW_SCORES, RankedImage, RowSummary, task_of
-from stpm.scoring.written_rows import committed_summaries
+from stpm.scoring.output_rows import naming_damaged_file, open_rows, read_batches
 
-_HEATMAP = ["heatmap", "heatmap_png"]
-_VALUES = ["score", *VIEW_SCORES, "threshold", "p_value", "is_anomalous", "region_count", "regions", "peak_x", "peak_y"]
+_VIEW_SCORES = ["fine_score", "coarse_score"]
+_MARGIN = ["score", *_VIEW_SCORES, "threshold"]
+_PLACE = ["region_count", "regions", "peak_x", "peak_y", "peak_features", "heatmap", "heatmap_png"]
 _IMAGE = ["image_id", "uri", "archive_start", "archive_length", "category", "width", "height", "roi"]
-_COLUMNS = [*_IMAGE, "model_id", *_VALUES, "peak_features", *_HEATMAP]
+_COLUMNS = [*_IMAGE, "model_id", *_MARGIN, "p_value", "is_anomalous", *_PLACE]
+# The name that pyarrow gives to the file of a row.
+_FILE = "__filename"
+# Thresholds are at least this in the division by them.
+_MIN_THRESHOLD = 1e-30
 
 
-def most_anomalous(output: RunOutput, max_images: int, summary: RowSummary | None = None) -> list[dict[str, Any]]:
-    """Read the most anomalous rows, in order; each gets a key `margin`, see `RankedImage`.
+def most_anomalous(output: RunOutput, max_images: int) -> list[dict[str, Any]]:
+    """Read the most anomalous rows, in order: those whose score is farthest above its threshold.
 
-    Take those that a summary of all rows ranks first: the sum of those of committed segments, if none is given. Scan
-    all rows if it ranks too few.
+    Each gets that as a key `margin`. Of all rows only the scores are read; of those with pictures, a few row groups.
 
     Raises:
-        RunDamagedError: if one of them is missing, or cannot be read.
+        RunDamagedError: if a file cannot be read.
     """
-    summary = summary or RowSummary.total(committed_summaries(output), max_images)
-    if not summary.rows or summary.max_ranked < max_images:
-        # No row is written yet, or the run was scored for a shorter page.
-        summary = scan_rows(output, max_images)
-    return _read_images(output, summary.ranked)
-
-
-def scan_rows(output: RunOutput, max_ranked: int) -> RowSummary:
-    """Summarize all rows that a run wrote by reading them, without their pictures. Raise RunDamagedError."""
-    dataset = open_rows(output, COLUMNS)
-    with naming_damaged_file(output):
-        return RowSummary.total(
-            (
-                RowSummary.of_rows(file.to_table(dataset.schema, columns=COLUMNS), task_of(file.path), max_ranked)
-                for file in dataset.get_fragments()
-            ),
-            max_ranked,
-        )
-
-
-def _read_images(output: RunOutput, images: Sequence[RankedImage]) -> list[dict[str, Any]]:
-    """Read whole row groups, and only those that hold a wanted image: rows may contain large pictures."""
+    # Margin, id (which breaks ties) and file of the images that rank first.
+    ranked: list[tuple[float, int, str]] = []
+    for batch in read_batches(output, ["image_id", *_MARGIN, _FILE], ds.field("score").is_valid()):
+        margins, ids = _margins(batch), batch["image_id"].to_numpy()
+        first = np.lexsort((ids, margins))[::-1][:max_images]
+        found = zip(margins[first].tolist(), ids[first].tolist(), batch[_FILE].take(first).to_pylist(), strict=True)
+        ranked = heapq.nlargest(max_images, [*ranked, *found])
     wanted: defaultdict[str, list[int]] = defaultdict(list)
-    for image in images:
-        wanted[image.task].append(image.image_id)
+    for _, image_id, path in ranked:
+        wanted[storage.join(output.scores, PurePosixPath(path).name)].append(image_id)
     rows: dict[int, dict[str, Any]] = {}
-    for uri in output.files():
-        if not (ids := wanted.get(task_of(uri))):
-            continue
-        is_wanted = ds.field("image_id").isin(ids)
+    for uri, ids_in_file in wanted.items():
+        is_wanted = ds.field("image_id").isin(ids_in_file)
         with naming_damaged_file(output, [uri]):
             dataset = open_rows(output, _COLUMNS, [uri])
+            # Whole row groups, and only those with a wanted image: rows may contain large pictures.
             for group in (group for file in dataset.get_fragments() for group in file.split_by_row_group()):
                 if group.count_rows(filter=is_wanted):
-                    found = group.to_table(dataset.schema, columns=_COLUMNS, filter=is_wanted)
-                    rows |= {row["image_id"]: row for row in found.to_pylist()}
-    if missing := sum(image.image_id not in rows for image in images):
-        raise RunDamagedError(
-            f"{missing} of the most anomalous images have no row in {output.scores}: files of it are missing"
-        )
-    return [rows[image.image_id] | {"margin": image.margin} for image in images]
+                    table = group.to_table(dataset.schema, columns=_COLUMNS, filter=is_wanted)
+                    rows |= {row["image_id"]: row for row in table.to_pylist()}
+    return [rows[image_id] | {"margin": margin} for margin, image_id, _ in ranked]
+
+
+def _margins(scored: pa.RecordBatch) -> npt.NDArray[np.float64]:
+    """Compute how far scores are above their thresholds, comparable over models.
+
+    Take the difference where the score has a view's: its scale is that of quantiles, the same in all models. Otherwise
+    divide the difference by the threshold.
+    """
+    scores, thresholds = (scored[name].cast(pa.float64()).to_numpy() for name in ("score", "threshold"))
+    has_scale = np.any([scored[name].is_valid().to_numpy(zero_copy_only=False) for name in _VIEW_SCORES], axis=0)
+    scales = np.where(has_scale, 1.0, np.maximum(np.abs(thresholds), _MIN_THRESHOLD))
+    above: npt.NDArray[np.float64] = (scores - thresholds) / scales
+    return above

@@ -65,10 +65,10 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
     if scored.unfinished:
         return scored, models
     # Raise if summaries are missing: then it is not known which rows count.
-    total = total_of_finished(run.output, scored.rows, run.triage_images)
+    total = total_of_finished(run.output, scored.rows)
     remove_leftovers(run.output, total.tasks)
     if run.triage_images and run.triage_images != state.record.triage_images:
-        write_triage(run.output, total, run.triage_images, models)
+        write_triage(run.output, run.triage_images, models)
         state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
     if run.coco:
         write_coco(run.output)
@@ -82,8 +82,9 @@ def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, model
     start = time.perf_counter()
     with connected(), interrupted_by_ray("scoring"):
         total, progress = _score_segments(run, state, manifest, models)
-    # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only a local folder is listed.
-    storage.remove_unfinished(run.output.heatmaps)
+    # Killed processes leave unfinished files, in this run too: Ray repeats their tasks. Only local folders are listed.
+    for folder in (run.output.heatmaps, run.output.scores):
+        storage.remove_unfinished(folder)
     missing = manifest.rows - total.rows
     if missing and not progress.unfinished:
         raise RunDamagedError(f"{total.rows} rows in {run.output.scores} for {manifest.rows} images")
@@ -95,12 +96,7 @@ def _score_remaining(run: ScoringRun, state: RunState, manifest: Manifest, model
             "to try them again, or with --accept-errors to write such errors as rows"
         )
     return RunResult(
-        rows=total.rows,
-        anomalous=total.anomalous,
-        errors=total.errors,
-        error_examples=total.error_examples,
-        categories=total.categories,
-        bytes_read=total.bytes_read,
+        *(total.rows, total.anomalous, total.errors, total.error_examples, total.categories, total.bytes_read),
         unfinished=missing,
         seconds=round(time.perf_counter() - start, 3),
         statistics=progress.statistics,
@@ -116,7 +112,7 @@ def _score_segments(
         The sum of the summaries of all rows, and the progress at the end.
     """
     output, segments = run.output, manifest.segments(run.output.manifest)
-    written = take_over(output, state, manifest, run.triage_images)
+    written = take_over(output, state, manifest)
     remove_leftovers(output, chain.from_iterable(summary.tasks for summary in written.values()))
     rows = manifest.rows - sum(summary.rows for summary in written.values())
     if rows < manifest.rows:
@@ -138,7 +134,7 @@ def _score_segments(
                         with suppress(OSError):
                             storage.in_parallel(lambda shard: read_shard(shard.uri).num_rows, shards)
                     raise
-                summary = finish_segment(output, segment, run.triage_images)
+                summary = finish_segment(output, segment)
             # The names of all tasks may be many.
-            total = RowSummary.total([total, dataclasses.replace(summary, tasks=[])], 0)
+            total = RowSummary.total([total, dataclasses.replace(summary, tasks=[])])
         return total, progress.read()

@@ -60,19 +60,16 @@ class CategoryCounts:
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """The rows of a run, and the time since its last start, in which it may have scored a part of them.
+class RowCounts:
+    """Counts of written rows, and examples of errors.
 
     Args:
-        rows: number of rows that are written.
+        rows: number of rows.
         anomalous: how many of them are anomalous.
         errors: how many of them have no score, by error kind.
-        error_examples: the first of these rows, a line each.
+        error_examples: the first of these rows by their URIs, a line each.
         categories: counts of rows by category.
         bytes_read: size of all image files.
-        unfinished: number of images without a row, which the next run tries again.
-        seconds: wall time since the last start.
-        statistics: since the last start.
     """
 
     rows: int = 0
@@ -81,6 +78,18 @@ class RunResult:
     error_examples: list[str] = field(default_factory=list)
     categories: dict[str, CategoryCounts] = field(default_factory=dict)
     bytes_read: int = 0
+
+
+@dataclass(frozen=True)
+class RunResult(RowCounts):
+    """The rows of a run, and the time since its last start, in which it may have scored a part of them.
+
+    Args:
+        unfinished: number of images without a row, which the next run tries again.
+        seconds: wall time since the last start.
+        statistics: since the last start.
+    """
+
     unfinished: int = 0
     seconds: float = 0.0
     statistics: RunStatistics = field(default_factory=RunStatistics)

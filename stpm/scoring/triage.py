@@ -15,7 +15,6 @@ from stpm.pages.tiles import Tile, draw_tile
 from stpm.scoring.kinds import Row, group_alarms
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous
-from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.scoring_run import ModelRecords
 
 # Maximum pixels of a picture's shorter and longer side: on the page, which shows it large at a click; in a list.
@@ -26,17 +25,14 @@ _SHOWN = 4
 THREADS = 8
 
 
-def write_triage(output: RunOutput, summary: RowSummary, max_images: int, models: ModelRecords) -> None:
-    """Write the page, with its pictures embedded, to the state folder of a run that has scored all images.
-
-    It takes a summary of all rows, and the models.
-    """
+def write_triage(output: RunOutput, max_images: int, models: ModelRecords) -> None:
+    """Write the page, with its pictures embedded, to the state folder of a run that has scored all images."""
 
     def draw(row: Row) -> Tile:
         model = models[row["category"]]
         return draw_tile(row, output.folder, model.preprocessing, model.heatmap_scale, _PAGE_SIDES)
 
-    groups = group_alarms(most_anomalous(output, max_images, summary))
+    groups = group_alarms(most_anomalous(output, max_images))
     drawn = iter(storage.in_parallel(draw, list(chain.from_iterable(groups)), THREADS))
     kinds = [list(islice(drawn, len(group))) for group in groups if len(group) > 1]
     values = {"folder": output.folder, "models": models}

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -26,11 +27,9 @@ from stpm.lease import check
 from stpm.scoring.inputs.manifest import Manifest, Segment, Shard, contains, read_shard
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import count_rows, read_ids
-from stpm.scoring.row_summary import RowSummary, task_of
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_state import RunState
 
-# Summaries that are in memory at a time: all of them may not fit.
-_READ_AT_ONCE = 16
 _SUMMARY = re.compile(r"/([0-9]{6,})(?:/[^/]+)?\.json$", re.ASCII)
 # The end of the name of a task that writes rows, after the name of the run: attempt, execution, number, try.
 _TASK = re.compile(r"(\d+)_[0-9a-f]{32}_\d+_[0-9a-f]{8}")
@@ -46,18 +45,17 @@ def summaries_by_segment(output: RunOutput) -> dict[int, list[str]]:
 
 
 def read_summaries(uris: Sequence[str]) -> Iterator[RowSummary]:
-    """Read the summaries of one segment, a few at a time, one for each task, without those that its sum has.
+    """Read the summaries of one segment, one for each task, without those that its sum has.
 
     Raises:
         RunDamagedError: if a summary is damaged.
     """
     added_up: set[str] = set()
-    for start in range(0, len(uris), _READ_AT_ONCE):
-        for summary in storage.in_parallel(_read_summary, uris[start : start + _READ_AT_ONCE]):
-            tasks = {name.rpartition("_")[0] for name in summary.tasks}
-            if not added_up.issuperset(tasks):
-                added_up |= tasks
-                yield summary
+    for summary in storage.in_parallel(_read_summary, uris):
+        tasks = {name.rpartition("_")[0] for name in summary.tasks}
+        if not added_up.issuperset(tasks):
+            added_up |= tasks
+            yield summary
 
 
 def _read_summary(uri: str) -> RowSummary:
@@ -70,7 +68,7 @@ def _read_summary(uri: str) -> RowSummary:
 
 
 def committed_summaries(output: RunOutput) -> Iterator[RowSummary]:
-    """Read the summaries of all rows that count, by run.json, a few at a time."""
+    """Read the summaries of all rows that count, by run.json."""
     return _summaries_of(output.with_attempt(output.state.record.attempt))
 
 
@@ -79,13 +77,13 @@ def _summaries_of(output: RunOutput) -> Iterator[RowSummary]:
     return chain.from_iterable(map(read_summaries, summaries_by_segment(output).values()))
 
 
-def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowSummary:
-    """Add up the summaries of an attempt at a run that has this number of rows, and name the most anomalous images.
+def total_of_finished(output: RunOutput, rows: int) -> RowSummary:
+    """Add up the summaries of an attempt at a run that has this number of rows.
 
     Raises:
         RunDamagedError: if a summary is damaged, or the summaries are of another number of rows.
     """
-    total = RowSummary.total(_summaries_of(output), max_ranked)
+    total = RowSummary.total(_summaries_of(output))
     if total.rows != rows:
         raise RunDamagedError(
             f"the summaries in {output.summaries} are of {total.rows} rows, and the run has {rows}: some are missing"
@@ -93,7 +91,7 @@ def total_of_finished(output: RunOutput, rows: int, max_ranked: int = 0) -> RowS
     return total
 
 
-def take_over(output: RunOutput, state: RunState, manifest: Manifest, max_ranked: int) -> dict[int, RowSummary]:
+def take_over(output: RunOutput, state: RunState, manifest: Manifest) -> dict[int, RowSummary]:
     """Add up what the attempt that counts has written, and record that from now on this attempt counts.
 
     An attempt before that which wrote the manifest had another list of images.
@@ -107,38 +105,38 @@ def take_over(output: RunOutput, state: RunState, manifest: Manifest, max_ranked
     counted = state.record.attempt
     earlier = summaries_by_segment(output.with_attempt(counted)) if counted >= manifest.attempt else {}
     begun = [segment for segment in manifest.segments(output.manifest) if segment.number in earlier]
-    sums = {each.number: add_up(output, each, earlier[each.number], max_ranked) for each in begun}
+    sums = {each.number: add_up(output, each, earlier[each.number]) for each in begun}
     state.write(replace(state.record, attempt=output.attempt))
     return sums
 
 
-def finish_segment(output: RunOutput, segment: Segment, max_ranked: int) -> RowSummary:
+def finish_segment(output: RunOutput, segment: Segment) -> RowSummary:
     """Add up the summaries that tasks left of a segment's rows, and remove them.
 
     Raises:
         RunDamagedError: as `add_up` does.
     """
     uris = summaries_by_segment(output).get(segment.number, [])
-    summary = add_up(output, segment, uris, max_ranked)
+    summary = add_up(output, segment, uris)
     storage.remove(output.task_summaries(segment.number))
     return summary
 
 
-def add_up(output: RunOutput, segment: Segment, uris: Sequence[str], max_ranked: int) -> RowSummary:
+def add_up(output: RunOutput, segment: Segment, uris: Sequence[str]) -> RowSummary:
     """Add up summaries of a segment's rows in one file of this attempt. If that is all rows, check that they are there.
 
     Raises:
         RunDamagedError: if a summary or a file is damaged, there are more rows than images, or the files have another
             number of rows than the summaries.
     """
-    summary = RowSummary.total(read_summaries(uris), max_ranked)
+    summary = RowSummary.total(read_summaries(uris))
     if summary.rows > segment.rows:
         raise RunDamagedError(
             f"{summary.rows} rows in {output.scores} for {segment.rows} images of segment {segment.number}"
         )
     is_sum_alone = [uri.rsplit("/", 1)[-1] for uri in uris] == [f"{segment.number:06}.json"]
     if summary.rows == segment.rows and not is_sum_alone:
-        _check_count(output, segment, summary, count_rows(output, _files_of(output, summary.tasks)))
+        _check_count(output, segment, summary, count_rows(output, output.files_of(summary.tasks)))
         # Other processes wrote the rows: they must not be lost if the summary survives a power failure.
         storage.sync(output.scores)
     check(output.fence)
@@ -155,7 +153,7 @@ def unwritten_shards(output: RunOutput, segment: Segment, written: RowSummary) -
     """
     if not written.rows:
         return list(segment.shards)
-    ids = read_ids(output, _files_of(output, written.tasks))
+    ids = read_ids(output, output.files_of(written.tasks))
     _check_count(output, segment, written, len(ids))
 
     def without_written(shard: Shard) -> Shard:
@@ -178,7 +176,7 @@ def remove_leftovers(output: RunOutput, tasks: Iterable[str]) -> None:
     """
     counting, leftovers = set(tasks), []
     for uri in output.files():
-        task = task_of(uri)
+        task = PurePosixPath(uri).stem
         name = _TASK.fullmatch(task.removeprefix(f"{output.name}_"))
         # Others may be the user's, or of a later attempt.
         if name and int(name[1]) <= output.attempt and task not in counting:
@@ -187,15 +185,6 @@ def remove_leftovers(output: RunOutput, tasks: Iterable[str]) -> None:
     check(output.fence)
     storage.in_parallel(storage.remove, leftovers)
     output.remove_earlier_attempts()
-
-
-def _files_of(output: RunOutput, tasks: Collection[str]) -> list[str]:
-    """List the files that tasks wrote, without listing those of other segments."""
-    # Ray names the tasks of one execution alike, but for number and try at the end.
-    starts = sorted({f"{task.rsplit('_', 2)[0]}_" for task in tasks})
-    listed = storage.in_parallel(lambda start: storage.files_starting(output.scores, start), starts)
-    wanted = set(tasks)
-    return [uri for uris in listed for uri in uris if task_of(uri) in wanted]
 
 
 def _check_count(output: RunOutput, segment: Segment, summary: RowSummary, in_files: int) -> None:

@@ -1,6 +1,6 @@
 """Files and objects by URI, on local disks and in object stores, through fsspec."""
 
-from stpm.storage.listing import Settle, file_sizes, file_versions, files, files_starting, glob, iter_files, subfolders
+from stpm.storage.listing import Settle, file_sizes, file_versions, files, glob, iter_files, subfolders
 from stpm.storage.objects import (
     FULL_DISK,
     check_size,

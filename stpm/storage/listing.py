@@ -22,7 +22,7 @@ from fsspec.utils import glob_translate
 
 from stpm.errors import ConfigError, DataError
 from stpm.storage.retries import THREADS, with_retries
-from stpm.storage.uris import filesystem, is_local, join, uri_of
+from stpm.storage.uris import filesystem, is_local, uri_of
 
 T = TypeVar("T")
 
@@ -152,19 +152,6 @@ def _stat(path: str) -> dict[str, float]:
         # A link to nothing.
         found = os.lstat(path)
     return {"size": found.st_size, "mtime": found.st_mtime}
-
-
-def files_starting(uri: str, start: str) -> list[str]:
-    """Return the URIs of the files right under a folder whose names begin with `start`, sorted.
-
-    An object store lists no others; a disk reads the names of all, and nothing else of them.
-    """
-    fs, path = filesystem(uri)
-    try:
-        entries = _list_folder(fs, uri, path, start)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [join(uri, entry.name) for entry in entries if entry.kind == "file"]
 
 
 def iter_files(uri: str, settle: Settle = _ALL) -> Iterator[str]:

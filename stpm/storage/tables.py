@@ -9,10 +9,10 @@ from stpm.errors import DataError
 from stpm.storage.objects import read
 
 
-def encode_parquet(table: pa.Table) -> bytes:
-    """Encode a table as a Parquet file."""
+def encode_parquet(table: pa.Table, rows_per_group: int | None = None) -> bytes:
+    """Encode a table as a Parquet file, in row groups of at most this many rows; None: of Arrow's default."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size=rows_per_group)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 

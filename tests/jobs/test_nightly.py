@@ -309,7 +309,7 @@ def test_a_damaged_file_of_one_night_is_its_problem_alone(job: Nightly, file: st
     job.dump(DATE, "c")
     uri = next(uri for uri in storage.files(f"{job.out}/date={BEFORE}") if f"/{file}" in uri)
     # Or a list of images that names no category.
-    storage.publish(uri, content or storage.read(uri).replace(b'["nut"]', b"[]"), durable=False)
+    storage.publish(uri, content or re.sub(rb'{"nut": ?[0-9]+}', b"{}", storage.read(uri)), durable=False)
     assert job(DATE) == 2
     assert record(job).total.images == 1
     problem = json.loads(storage.read(f"{job.out}/nightly.json"))["nights"][0]["problem"]

@@ -101,10 +101,8 @@ class Nightly:
                 if chunk:
                     made = pa.concat_tables([output_rows([row], models[row["category"]].model_id) for row in chunk])
                     task = f"{run.output.name}_{abs(chunk[0]['image_id'])}_try"
-                    storage.publish(
-                        f"{run.output.scores}/{task}-0.parquet", storage.encode_parquet(made), durable=False
-                    )
-                    summary = RowSummary.of_rows(made, task, run.triage_images).to_json()
+                    storage.publish(f"{run.output.scores}/{task}.parquet", storage.encode_parquet(made), durable=False)
+                    summary = RowSummary.of_rows(made, task).to_json()
                     uri = f"{run.output.task_summaries(segment)}/{task}.json"
                     storage.publish(uri, summary, durable=False)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,13 @@ from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.line.rows import read_rows
 from stpm.scoring.output import RunOutput
-from stpm.scoring.ranked_rows import most_anomalous, scan_rows
-from stpm.scoring.row_summary import RowSummary, task_of
-from stpm.scoring.run_state import ScoringConfig
+from stpm.scoring.ranked_rows import most_anomalous
 from tests.conftest import make_preprocessing
 from tests.datasets import make_output, write_rows
 
 READERS: dict[str, Callable[[RunOutput], Any]] = {
     "evaluation": lambda run: read_scores(ScoredCategory(run, "nut", make_preprocessing(32))),
     "line": lambda run: read_rows([run]),
-    "scan": lambda run: scan_rows(run, 5),
     "triage": lambda run: most_anomalous(run, 50),
 }
 
@@ -64,23 +60,13 @@ FOREIGN = {
 }
 
 
-def read_ranked(run: RunOutput) -> Any:
-    """Read the most anomalous images as their summaries name them, without a scan."""
-    summaries = [RowSummary.of_rows(GOOD, task_of(uri), 50) for uri in run.files()]
-    state = run.state
-    state.start(ScoringConfig((), 0.01))
-    state.write(replace(state.record, attempt=0))
-    storage.publish(run.segment_summary(0), RowSummary.total(summaries, 50).to_json(), durable=False)
-    return most_anomalous(run, 50)
-
-
 @pytest.mark.parametrize("number", [0, 2], ids=["first", "last"])
 @pytest.mark.parametrize("problem", FOREIGN)
-@pytest.mark.parametrize("reader", [*READERS, "ranked"])
+@pytest.mark.parametrize("reader", READERS)
 def test_a_file_of_other_columns_is_named(tmp_path: Path, reader: str, problem: str, number: int) -> None:
     output = RunOutput.single(str(tmp_path))
     for each in range(3):
         write_rows(output, FOREIGN[problem] if each == number else GOOD, each)
     file = re.escape(f"{output.scores}/scores_{number}.parquet")
     with pytest.raises(RunDamagedError, match=f"^{file} is not a file of rows: it has {problem}$"):
-        (READERS | {"ranked": read_ranked})[reader](output)
+        READERS[reader](output)

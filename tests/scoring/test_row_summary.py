@@ -8,56 +8,45 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stpm.scoring.row_summary import COLUMNS, RowSummary
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import CategoryCounts
 from stpm.scoring.schema import OUTPUT
 
 _SCORE = st.one_of(st.none(), st.floats(-4, 4, width=16))
-_ROW = st.tuples(st.sampled_from(["nut", "bolt"]), _SCORE, st.floats(-2, 2, width=16), st.booleans())
+_ROW = st.tuples(st.sampled_from(["nut", "bolt"]), _SCORE)
+_COLUMNS = ["uri", "category", "is_anomalous", "bytes", "error_kind", "error_message"]
 
 
-def make_rows(drawn: list[tuple[str, float | None, float, bool]]) -> list[dict[str, Any]]:
-    """Make rows from category, score (None: an error), threshold, and whether the score is a sum."""
+def make_rows(drawn: list[tuple[str, float | None]]) -> list[dict[str, Any]]:
+    """Make rows from category and score (None: an error); the threshold is 1."""
     return [
         {
-            "image_id": number,
             "uri": f"/{number:03}.png",
             "category": category,
-            "score": score,
-            "coarse_score": score if is_scaled else None,
-            "fine_score": None,
-            "threshold": None if score is None else threshold,
-            "is_anomalous": None if score is None else score > threshold,
+            "is_anomalous": None if score is None else score > 1,
             "bytes": None if score is None else 10 + number,
             "error_kind": ("empty", "damaged")[number % 2] if score is None else "",
             "error_message": "no bytes" if score is None else "",
         }
-        for number, (category, score, threshold, is_scaled) in enumerate(drawn)
+        for number, (category, score) in enumerate(drawn)
     ]
 
 
-def margin(row: dict[str, Any]) -> float:
-    above: float = row["score"] - row["threshold"]
-    return above if row["coarse_score"] is not None else above / max(abs(row["threshold"]), 1e-30)
-
-
-@given(st.lists(_ROW, max_size=40), st.lists(st.integers(0, 40), max_size=4), st.lists(st.integers(0, 12), min_size=6))
+@given(st.lists(_ROW, max_size=40), st.lists(st.integers(0, 40), max_size=4))
 def test_summaries_of_parts_add_up_to_what_a_scan_counts(
-    drawn: list[tuple[str, float | None, float, bool]], cuts: list[int], ranked: list[int]
+    drawn: list[tuple[str, float | None]], cuts: list[int]
 ) -> None:
     rows = make_rows(drawn)
-    schema = pa.schema([OUTPUT.field(name) for name in COLUMNS])
+    schema = pa.schema([OUTPUT.field(name) for name in _COLUMNS])
     parts = []
     for number, (start, stop) in enumerate(pairwise([0, *sorted(cuts), len(rows)])):
         table = pa.Table.from_pylist(rows[start:stop], schema)
-        parts.append(RowSummary.of_rows(table, f"task {number}", ranked[number]))
+        parts.append(RowSummary.of_rows(table, f"task {number}"))
     stored = [RowSummary.from_json(part.to_json()) for part in parts]
     assert stored == parts
-    # A total names as many images as its shortest part.
-    max_ranked = min(ranked[: len(parts) + 1])
-    total = RowSummary.total(stored, ranked[len(parts)])
-    assert total == RowSummary.total(reversed(stored), ranked[len(parts)])
-    assert total.max_ranked == max_ranked
+    total = RowSummary.total(stored)
+    assert total == RowSummary.total(reversed(stored))
+    assert total.tasks == [f"task {number}" for number in range(len(parts))]
 
     failed = [row for row in rows if row["error_kind"]]
     scored = [row for row in rows if not row["error_kind"]]
@@ -72,8 +61,3 @@ def test_summaries_of_parts_add_up_to_what_a_scan_counts(
             anomalous=sum(bool(row["is_anomalous"]) for row in own),
             errors=sum(bool(row["error_kind"]) for row in own),
         )
-    expected = sorted(((margin(row), row["image_id"]) for row in scored), reverse=True)[:max_ranked]
-    assert [(image.margin, image.image_id) for image in total.ranked] == expected
-    for image in total.ranked:
-        (part,) = (part for part in parts if image in part.ranked)
-        assert image.task == f"task {parts.index(part)}"

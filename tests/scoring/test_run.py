@@ -147,8 +147,8 @@ def publish_rows(output: RunOutput, start: int, stop: int) -> None:
     shards = pa.concat_tables(read_shards(output.manifest)).slice(start, count)
     rows = make_output(count, **values, **{name: shards[name].to_pylist() for name in ("image_id", "uri")})
     task = f"scores_{output.attempt:06}_{32 * 'a'}_{start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
-    summary = RowSummary.of_rows(rows, task, max_ranked=2).to_json()
+    storage.publish(f"{output.scores}/{task}.parquet", storage.encode_parquet(rows))
+    summary = RowSummary.of_rows(rows, task).to_json()
     storage.publish(f"{output.task_summaries(0)}/{task}.json", summary)
 
 
@@ -187,7 +187,7 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
 ) -> None:
     first = score(top=2)
     shards = {"000000-000000.parquet", "manifest.json"}
-    rows = f"scores_000000_{32 * 'a'}_000000_{8 * 'c'}-0.parquet"
+    rows = f"scores_000000_{32 * 'a'}_000000_{8 * 'c'}.parquet"
     assert first.keys() == shards | {"run.json", "000000.json", rows, "triage.html", "_SUCCESS"}
     with monkeypatch.context() as patch:
         patch.setattr("pyarrow.dataset.dataset", lambda *_, **__: pytest.fail("rows were read"))
@@ -287,7 +287,7 @@ def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
     assert not other.output.files()
 
 
-def test_unfinished_heatmaps_of_killed_processes_are_removed(
+def test_unfinished_files_of_killed_processes_are_removed(
     score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heatmaps = tmp_path / "run" / "heatmaps" / "scores" / "nut"
@@ -297,10 +297,12 @@ def test_unfinished_heatmaps_of_killed_processes_are_removed(
         for name in (f".{32 * 'a'}.part", "b.png"):
             (heatmaps / name).touch()
         publish_rows(run.output, 0, 2)
+        (tmp_path / "run" / "scores" / f".{32 * 'a'}.part").touch()
 
     replace_ray(monkeypatch, score_shards)
     score()
     assert [path.name for path in heatmaps.iterdir()] == ["b.png"]
+    assert len([*(tmp_path / "run" / "scores").iterdir()]) == 1
 
 
 def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
@@ -316,7 +318,7 @@ def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
 
     def score_rest(run: ScoringRun, *_: Any) -> None:
         publish_rows(run.output, 1, 2)
-        left = f"scores_000001_{32 * 'b'}_000000_{8 * 'd'}-0.parquet"
+        left = f"scores_000001_{32 * 'b'}_000000_{8 * 'd'}.parquet"
         storage.publish(f"{run.output.scores}/{left}", b"of a killed process")
 
     replace_ray(monkeypatch, score_rest)

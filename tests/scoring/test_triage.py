@@ -17,7 +17,7 @@ from stpm.data.heatmaps import palette_png
 from stpm.line.marks import Marks, read_marks
 from stpm.models.record import Decision
 from stpm.scoring.output import RunOutput
-from stpm.scoring.ranked_rows import most_anomalous, scan_rows
+from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.triage import write_triage
 from tests.browser import Tags, check_page, open_tab
 from tests.conftest import make_preprocessing
@@ -63,7 +63,7 @@ def output(tmp_path: Path) -> RunOutput:
 
 
 def write_page(output: RunOutput, max_images: int) -> None:
-    write_triage(output, scan_rows(output, max_images), max_images, MODELS)
+    write_triage(output, max_images, MODELS)
 
 
 def test_rows_of_several_models_are_ordered_by_score_over_threshold(output: RunOutput) -> None:
@@ -267,7 +267,7 @@ def test_boxes_lie_over_the_regions_of_the_part_that_is_shown(browser: Any, tmp_
     output = RunOutput.single(str(tmp_path))
     write_rows(output, make_output(1, **{name: [value] for name, value in values.items()}))
     cropped = dataclasses.replace(NUT, preprocessing=make_preprocessing(64, resize="crop"))
-    write_triage(output, scan_rows(output, 1), 1, {"nut": cropped})
+    write_triage(output, 1, {"nut": cropped})
     tab, messages = open_tab(browser, (tmp_path / "triage.html").as_uri())
     assert "21, the largest 6 % of what is inspected" in tab.locator("dd").all_text_contents()
     box, picture = (tab.locator(name).first.bounding_box() for name in (".regions rect", ".pair svg"))

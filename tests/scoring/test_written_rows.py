@@ -62,9 +62,9 @@ def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: 
     count = rows.stop - rows.start
     made = make_output(count, **{name: images[name].to_pylist()[:count] for name in ("image_id", "uri", "category")})
     task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(made))
+    storage.publish(f"{output.scores}/{task}.parquet", storage.encode_parquet(made))
     if summarized:
-        summary = RowSummary.of_rows(made, task, 3).to_json()
+        summary = RowSummary.of_rows(made, task).to_json()
         storage.publish(f"{output.task_summaries(segment.number)}/{task}.json", summary)
     return task
 
@@ -73,7 +73,7 @@ def uris_left(output: RunOutput) -> list[list[str]]:
     """Let an attempt take over, and return the images that it is to score of each segment."""
     manifest = read_manifest(output.manifest)
     assert manifest
-    written = take_over(output, output.state, manifest, 3)
+    written = take_over(output, output.state, manifest)
     found = []
     for segment in manifest.segments(output.manifest):
         shards = unwritten_shards(output, segment, written.get(segment.number, RowSummary()))
@@ -102,19 +102,19 @@ def test_rows_that_are_written_are_not_scored_again(output: RunOutput, segments:
 def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list[Segment]) -> None:
     first, second = segments
     write_task(output, first, slice(0, 5))
-    assert finish_segment(output, first, 3).rows == 5
+    assert finish_segment(output, first).rows == 5
     write_task(output, first, slice(5, 8))
-    assert finish_segment(output, first, 3).rows == 8
+    assert finish_segment(output, first).rows == 8
     write_task(output, second, slice(0, 2))
-    summary = finish_segment(output, second, 3)
+    summary = finish_segment(output, second)
     assert storage.files(output.summaries) == [output.segment_summary(0), output.segment_summary(1)]
     storage.publish(f"{output.summaries}/000000/notes.json", b"not one of ours")
     storage.publish(f"{output.summaries}/000000/00000\N{SUPERSCRIPT TWO}.json", b"nor this")
     assert list(committed_summaries(output))[1] == summary
-    assert total_of_finished(output, rows=10, max_ranked=3).rows == 10
+    assert total_of_finished(output, rows=10).rows == 10
     storage.remove(output.segment_summary(1))
     with pytest.raises(RunDamagedError, match=r"summaries in .*/summaries are of 8 rows, and the run has 10: some are"):
-        total_of_finished(output, rows=10, max_ranked=3)
+        total_of_finished(output, rows=10)
 
 
 def test_a_summary_counts_once_if_adding_up_was_cut_off(
@@ -124,57 +124,48 @@ def test_a_summary_counts_once_if_adding_up_was_cut_off(
     write_task(output, segments[0], slice(4, 7))
     with monkeypatch.context() as patch:
         patch.setattr(storage, "remove", lambda _: None)
-        finish_segment(output, segments[0], 3)
+        finish_segment(output, segments[0])
     write_task(output, segments[0], slice(7, 8))
     assert sum(summary.rows for summary in committed_summaries(output)) == 8
-    assert finish_segment(output, segments[0], 3).rows == 8
+    assert finish_segment(output, segments[0]).rows == 8
 
 
-def test_only_the_files_of_its_own_segment_are_listed(
+def test_no_file_of_rows_is_listed_for_a_segment(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files at each segment's end would make the end of a run quadratic."""
-    mine = [write_task(output, segments[0], slice(0, 5)), write_task(output, segments[0], slice(5, 8))]
-    write_task(output, segments[1], slice(0, 2))
-    for uri in output.files():
-        # Ray names the tasks of each execution alike.
-        other = uri.replace(32 * "a", 32 * "b")
-        storage.publish(other, storage.read(uri))
-    listed: list[str] = []
-    list_files = storage.files_starting
-    monkeypatch.setattr(storage, "files_starting", lambda *where: listed.extend(f := list_files(*where)) or f)
+    write_task(output, segments[0], slice(0, 8))
     monkeypatch.setattr(RunOutput, "files", lambda _: pytest.fail("all files were listed"))
-    finish_segment(output, segments[0], 3)
-    assert {*mine} <= {PurePosixPath(uri).stem.removesuffix("-0") for uri in listed}
-    assert not [uri for uri in listed if 32 * "b" in uri]
+    assert finish_segment(output, segments[0]).rows == 8
 
 
 def test_rows_that_are_written_twice_or_lost_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(0, 8), slice(7, 8)):
         write_task(output, segments[0], rows)
     with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
-        finish_segment(output, segments[0], 3)
+        finish_segment(output, segments[0])
     # The segment's one file.
-    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}-0.parquet")
-    with pytest.raises(RunDamagedError, match=r"0 rows in the files of .*, where 2 of segment 1 were written"):
-        finish_segment(output, segments[1], 3)
+    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}.parquet")
+    with pytest.raises(RunDamagedError, match=r"/scores/.*\.parquet is missing, and with it rows of this run$"):
+        finish_segment(output, segments[1])
 
 
 @pytest.mark.parametrize("stop", [3, 7, 8])
-@pytest.mark.parametrize(("count", "found"), [(0, -3), (5, 2)])
+@pytest.mark.parametrize("count", [0, 5])
 def test_rows_that_are_lost_or_left_over_are_an_error(
-    output: RunOutput, segments: list[Segment], stop: int, count: int, found: int
+    output: RunOutput, segments: list[Segment], stop: int, count: int
 ) -> None:
     """A power failure keeps a summary and loses rows. That is noticed whether all rows were written, or not."""
-    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}-0.parquet"
+    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}.parquet"
     if stop > 3:
         write_task(output, segments[0], slice(3, stop))
     storage.remove(file)
     if count:
         storage.publish(file, storage.encode_parquet(make_output(count)))
-    with pytest.raises(
-        RunDamagedError, match=rf"{stop + found} rows in the files of .*/scores, where {stop} of segment 0 "
-    ):
+    wrong = (
+        rf"{stop + 2} rows in the files of .*/scores, where {stop} of segment 0 " if count else rf"{file} is missing"
+    )
+    with pytest.raises(RunDamagedError, match=wrong):
         uris_left(output.with_attempt(1))
     storage.publish(file, b"")
     with pytest.raises(RunDamagedError, match=rf"{file} is damaged"):
@@ -186,7 +177,7 @@ def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segm
     task = write_task(output, segments[0], slice(0, 8))
     storage.publish(f"{output.task_summaries(0)}/{task}.json", content)
     with pytest.raises(RunDamagedError, match=rf"000000/{task}\.json is damaged or missing, and with it .*$"):
-        finish_segment(output, segments[0], 3)
+        finish_segment(output, segments[0])
 
 
 @pytest.mark.parametrize(
@@ -224,20 +215,20 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
     write_task(stale, first, slice(5, 8))
     storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
     remove_leftovers(new, tasks)
-    assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
+    assert sorted(names(output)) == [*tasks, "scores_of_mine"]
     write_task(old, first, slice(5, 6))
     write_task(stale, first, slice(5, 8))
     tasks.append(write_task(new, first, slice(5, 8)))
     # The suspended process does what it does at its end.
     with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
-        finish_segment(stale, first, 3)
+        finish_segment(stale, first)
     with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
         remove_leftovers(stale, [])
     storage.publish(stale.segment_summary(0), b"late")
-    assert finish_segment(new, first, 3).tasks == tasks
+    assert finish_segment(new, first).tasks == tasks
     assert [summary.tasks for summary in committed_summaries(output)] == [tasks]
     remove_leftovers(new, tasks)
-    assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
+    assert sorted(names(output)) == [*tasks, "scores_of_mine"]
     assert storage.files(output.summaries) == [new.segment_summary(0)]
 
 
@@ -249,7 +240,7 @@ def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput,
     assert uris_left(later)
     for segment in segments:
         write_task(later, segment, slice(0, segment.rows))
-        finish_segment(later, segment, 3)
+        finish_segment(later, segment)
     suspended.write(stale)
     # What the earlier attempt removes is none of the later one's.
     remove_leftovers(output, [])
@@ -269,6 +260,6 @@ def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
     manifest = list_images(output, attempt=1)
     write_task(output, manifest.segments(output.manifest)[0], slice(0, 8))
     later = output.with_attempt(1)
-    assert take_over(later, state, manifest, 3) == {}
+    assert take_over(later, state, manifest) == {}
     remove_leftovers(later, [])
     assert later.files() == []

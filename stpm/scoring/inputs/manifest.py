@@ -6,12 +6,11 @@ It is written in shards before scoring starts.
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +32,6 @@ _NO_CATEGORY = ImageError("no_model", "the image has no category; see --category
 BLOCK_ROWS = 64
 # Rows of a file that is written and read whole: enough that there are few files, few enough that one is small.
 SHARD_ROWS = 128 * BLOCK_ROWS
-# Parts of all ids that are sorted one after the other: to sort them at once would take several times their memory.
-_PARTS = 16
 # Shards that are being written at the same time.
 _WRITERS = 8
 
@@ -120,15 +117,14 @@ class Manifest:
     Args:
         rows: images in it.
         duplicates: images that were left out.
-        categories: names, sorted.
+        categories: how many of the images each has, by name.
         segment_rows: rows of a segment, at most.
         attempt: number of the attempt that wrote it; what earlier ones wrote does not belong to it.
     """
 
     rows: int
     duplicates: int
-    categories: tuple[str, ...]
-    shard_rows: tuple[int, ...] = ()
+    categories: dict[str, int]
     segment_rows: int = ScoreOptions.segment_rows
     attempt: int = 0
 
@@ -137,16 +133,14 @@ class Manifest:
 
     def segments(self, folder: str) -> list[Segment]:
         """Divide the shards, which are in this folder, into segments."""
-        segments: list[list[Shard]] = []
-        rows_left = 0
-        for number, rows in enumerate(self.shard_rows):
-            if rows > rows_left:
-                segments.append([])
-                rows_left = self.segment_rows
-            if rows:
-                segments[-1].append(Shard(_shard_uri(folder, self.attempt, number), rows))
-                rows_left -= rows
-        return [Segment(number, tuple(shards)) for number, shards in enumerate(segments)]
+        length = min(SHARD_ROWS, self.segment_rows)
+        in_segment = self.segment_rows // length
+        shards = [
+            Shard(_shard_uri(folder, self.attempt, number), min(length, self.rows - start))
+            for number, start in enumerate(range(0, self.rows, length))
+        ]
+        starts = range(0, len(shards), in_segment)
+        return [Segment(number, tuple(shards[start : start + in_segment])) for number, start in enumerate(starts)]
 
 
 def write_manifest(
@@ -158,7 +152,8 @@ def write_manifest(
 ) -> Manifest:
     """Write a manifest, without duplicates, as shards and, last of all, `manifest.json`, which makes it valid.
 
-    Shards that an unfinished attempt left are removed first. Of several rows with one id the first is kept.
+    All shards but the last have one length. Those that an unfinished attempt left are removed first. Of several rows
+    with one id the first is kept.
 
     Args:
         chunks: tables of schema MANIFEST, with the user's own columns.
@@ -170,54 +165,37 @@ def write_manifest(
         ConfigError: if a column of the user's has different types in different tables.
     """
     storage.remove(folder)
+    seen, listed = _SeenIds(), 0
     categories: Counter[str] = Counter()
-    ids = array("q")
     # Of all chunks until now, and those with which each shard was written.
     schema, schemas = MANIFEST, []
-    ends = [0]
 
-    def write(numbered: tuple[int, pa.Table]) -> int:
+    def write(numbered: tuple[int, pa.Table]) -> None:
         number, rows = numbered
-        uri = _shard_uri(folder, attempt, number)
-        if rows.num_rows:
-            # The user's columns that its source lacks, or has only nulls in, are null.
-            rows = pa.concat_tables([schema.empty_table(), rows], promote_options="default")
-            storage.publish(uri, storage.encode_parquet(rows))
-        else:
-            storage.remove(uri)
-        return int(rows.num_rows)
+        # The user's columns that its source lacks, or has only nulls in, are null.
+        rows = pa.concat_tables([schema.empty_table(), rows], promote_options="default")
+        storage.publish(_shard_uri(folder, attempt, number), storage.encode_parquet(rows))
 
-    def read(number: int) -> pa.Table:
-        return storage.read_table(_shard_uri(folder, attempt, number))
+    def write_again(number: int) -> None:
+        write((number, storage.read_table(_shard_uri(folder, attempt, number))))
 
-    def counted() -> Iterator[pa.Table]:
-        nonlocal schema
+    def distinct() -> Iterator[pa.Table]:
+        nonlocal schema, listed
         for chunk in chunks:
-            ids.frombytes(chunk["image_id"].to_numpy().tobytes())
-            categories.update(_count_categories(chunk))
+            rows = chunk.take(seen.add(chunk["image_id"].to_numpy()))
+            for counted in rows["category"].value_counts().to_pylist():
+                categories[counted["values"]] += counted["counts"]
             schema = _add_columns(schema, chunk.schema)
-            yield chunk
+            listed += chunk.num_rows
+            yield rows
 
-    tables = enumerate(_cut(counted(), min(SHARD_ROWS, segment_rows)))
-    while some := list(islice(tables, _WRITERS)):
-        for rows in storage.in_parallel(write, some):
-            ends.append(ends[-1] + rows)
-            schemas.append(schema)
-    shard_rows = [end - start for start, end in pairwise(ends)]
-    is_repeated = _find_repeated(np.frombuffer(ids, np.int64))
-    duplicates = (is_repeated[start:end] for start, end in pairwise(ends))
-    written = zip(enumerate(schemas), duplicates, strict=True)
-    incomplete = ((n, mask) for (n, known), mask in written if mask.any() or known != schema)
-    while some_again := list(islice(incomplete, _WRITERS)):
-        numbers = [number for number, _ in some_again]
-        left = []
-        for (number, mask), shard in zip(some_again, storage.in_parallel(read, numbers), strict=True):
-            categories.subtract(_count_categories(shard.filter(pa.array(mask))))
-            left.append((number, shard.filter(pa.array(~mask))))
-        for number, rows in zip(numbers, storage.in_parallel(write, left), strict=True):
-            shard_rows[number] = rows
-    rows = sum(shard_rows)
-    manifest = Manifest(rows, ends[-1] - rows, tuple(sorted(+categories)), tuple(shard_rows), segment_rows, attempt)
+    shards = enumerate(_cut(distinct(), min(SHARD_ROWS, segment_rows)))
+    while some := list(islice(shards, _WRITERS)):
+        storage.in_parallel(write, some)
+        schemas += [schema] * len(some)
+    storage.in_parallel(write_again, [n for n, known in enumerate(schemas) if known != schema], _WRITERS)
+    rows = sum(categories.values())
+    manifest = Manifest(rows, listed - rows, dict(sorted(categories.items())), segment_rows, attempt)
     check(fence)
     storage.publish(storage.join(folder, _SUMMARY), to_json(manifest, indent=None))
     return manifest
@@ -227,21 +205,25 @@ def _shard_uri(folder: str, attempt: int, number: int) -> str:
     return storage.join(folder, f"{attempt:06}-{number:06}.parquet")
 
 
-def _count_categories(rows: pa.Table) -> dict[str, int]:
-    counted: list[dict[str, Any]] = rows["category"].value_counts().to_pylist()
-    return {each["values"]: each["counts"] for each in counted}
+class _SeenIds:
+    """The ids of all images until now, in sorted arrays. Each is more than twice as long as the next: they are few."""
 
+    def __init__(self) -> None:
+        self._arrays: list[Int64Array] = []
 
-def _find_repeated(ids: Int64Array) -> npt.NDArray[np.bool_]:
-    """Return whether each id is that of an earlier row, (N,)."""
-    flags = np.zeros(len(ids), bool)
-    # Ids are hashes: any of their bits split them evenly.
-    part_of = (ids % _PARTS).astype(np.uint8)
-    for part in range(_PARTS):
-        rows = np.flatnonzero(part_of == part)
-        rows = rows[np.argsort(ids[rows], kind="stable")]
-        flags[rows[1:]] = ids[rows[1:]] == ids[rows[:-1]]
-    return flags
+    def add(self, ids: Int64Array) -> Int64Array:
+        """Add ids, (N,); return the positions of those that are new, in order, of equal ones the first."""
+        new, positions = np.unique(ids, return_index=True)
+        for seen in self._arrays:
+            is_new = ~contains(seen, new)
+            new, positions = new[is_new], positions[is_new]
+        self._arrays.append(new)
+        while len(self._arrays) > 1 and len(self._arrays[-2]) <= 2 * len(self._arrays[-1]):
+            merged = np.concatenate([self._arrays.pop(), self._arrays.pop()])
+            # This one merges sorted parts in linear time.
+            merged.sort(kind="stable")
+            self._arrays.append(merged)
+        return np.sort(positions)
 
 
 def _add_columns(known: pa.Schema, schema: pa.Schema) -> pa.Schema:
@@ -282,12 +264,8 @@ def read_manifest(folder: str) -> Manifest | None:
         return None
     except ValueError as error:
         raise RunDamagedError(f"{uri} is damaged, and with it the list of this run's images ({error})") from error
-    if manifest.rows != sum(manifest.shard_rows) or min(manifest.shard_rows, default=0) < 0:
-        raise RunDamagedError(f"{uri} is damaged, its shards do not add up to its {manifest.rows} rows")
-    if bool(manifest.rows) != bool(manifest.categories):
-        raise RunDamagedError(
-            f"{uri} is damaged, it has {manifest.rows} rows and {len(manifest.categories)} categories"
-        )
+    if manifest.rows != sum(manifest.categories.values()):
+        raise RunDamagedError(f"{uri} is damaged, its categories do not add up to its {manifest.rows} rows")
     return manifest
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 import pyarrow as pa
-from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
-from ray.data.datasource import FilenameProvider
+from ray.data._internal.execution.interfaces import TaskContext
+from ray.data.datasource import Datasink
 
 from stpm import storage
 from stpm.errors import RunInterruptedError
@@ -17,68 +16,56 @@ from stpm.lease import check
 from stpm.scoring.inputs.manifest import BLOCK_ROWS
 from stpm.scoring.options import OutputOptions
 from stpm.scoring.output import RunOutput
-from stpm.scoring.row_summary import RowSummary, task_of
+from stpm.scoring.row_summary import RowSummary
 
-# The name under which Ray gives a write task the id of its execution.
-_WRITE_UUID = "write_uuid"
 # Maximum rows of a row group: to show an image's heatmap, one row group is read.
 _ROW_GROUP_ROWS = 512
 
 
-class RowWriter(ParquetDatasink):  # type: ignore[misc]
-    """Write the rows of each task of a segment as Parquet files, and a summary of them.
+class RowWriter(Datasink):  # type: ignore[misc]
+    """Write the rows of each task of a segment as a Parquet file, and a summary of them.
 
     Args:
         output: of the run, with the attempt that writes.
         options: whether files hold raw maps.
         rows_per_file: minimum rows of a file.
-        max_ranked: number of the most anomalous images that a summary names.
     """
 
-    def __init__(
-        self, output: RunOutput, options: OutputOptions, segment: int, rows_per_file: int, max_ranked: int
-    ) -> None:
-        filesystem, path = storage.arrow_filesystem(output.scores)
-        super().__init__(
-            path,
-            filesystem=filesystem,
-            filename_provider=FilenameProvider(f"{output.name}_{output.attempt:06}", "parquet"),
-            # Rows with raw maps are large.
-            min_rows_per_file=min(rows_per_file, BLOCK_ROWS if options.raw_maps else sys.maxsize),
-            arrow_parquet_args={"row_group_size": _ROW_GROUP_ROWS},
-        )
+    def __init__(self, output: RunOutput, options: OutputOptions, segment: int, rows_per_file: int) -> None:
         self._output = output
         self._summaries = output.task_summaries(segment)
-        self._max_ranked = max_ranked
+        # Rows with raw maps are large.
+        self._rows_per_file = min(rows_per_file, BLOCK_ROWS if options.raw_maps else sys.maxsize)
+        # Names the execution: the driver makes this object, and all tasks get copies.
+        self._execution = uuid.uuid4().hex
 
-    def write(self, blocks: Iterable[pa.Table], ctx: Any) -> None:
+    @property
+    def min_rows_per_write(self) -> int:
+        """The minimum rows that Ray gives to a task."""
+        return self._rows_per_file
+
+    def write(self, blocks: Iterable[pa.Table], ctx: TaskContext) -> None:
         """Write the rows of a task, then their summary.
 
         Raises:
             RunInterruptedError: if another run has taken the lease; then the task leaves no rows.
         """
         tables = [block for block in blocks if block.num_rows]
-        task = task_of(self.filename_provider.get_filename_for_task(ctx.kwargs[_WRITE_UUID], ctx.task_idx))
-        # Ray repeats a task whose node was lost after it ended: keep the rows, which are complete.
-        if not tables or storage.files_starting(self._summaries, f"{task}_"):
+        if not tables:
             return
-        # An earlier try may be suspended, and go on later.
-        self._try = uuid.uuid4().hex[:8]
-        name = f"{task}_{self._try}"
+        task = f"{self._output.name}_{self._output.attempt:06}_{self._execution}_{ctx.task_idx:06}"
+        # Ray repeats a task whose node was lost, and an earlier try may go on: each has a name, and one of them counts.
+        name = f"{task}_{uuid.uuid4().hex[:8]}"
+        (uri,) = self._output.files_of([name])
+        rows = pa.concat_tables(tables, promote_options="default")
         check(self._output.fence)
-        super().write(tables, ctx)
+        # The run syncs all files at its end.
+        storage.publish(uri, storage.encode_parquet(rows, _ROW_GROUP_ROWS), durable=False)
         try:
             check(self._output.fence)
         except RunInterruptedError:
             # The run that holds the lease now may have ended, and removes no more files.
-            for uri in self._output.files():
-                if task_of(uri) == name:
-                    storage.remove(uri)
+            storage.remove(uri)
             raise
-        summaries = (RowSummary.of_rows(table, name, self._max_ranked) for table in tables)
-        summary = RowSummary.total(summaries, self._max_ranked)
+        summary = RowSummary.of_rows(rows, name)
         storage.publish(storage.join(self._summaries, f"{name}.json"), summary.to_json())
-
-    def _get_basename_template(self, filename: str, write_uuid: str) -> str:
-        template: str = super()._get_basename_template(filename, write_uuid)
-        return template.replace("-{i}", f"_{self._try}-{{i}}")

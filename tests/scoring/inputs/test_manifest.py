@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stpm import storage
 from stpm.data.image_files import ImageRef
 from stpm.errors import ConfigError, RunDamagedError
+from stpm.scoring.inputs import manifest
 from stpm.scoring.inputs.manifest import ManifestRow, image_id, make_rows, read_manifest, write_manifest
 from stpm.scoring.schema import MANIFEST, with_passthrough
 
@@ -39,7 +40,7 @@ def rows_in(folder: str) -> list[dict[str, object]]:
 
 def test_duplicates_are_left_out_and_counted_within_and_across_chunks(folder: str) -> None:
     written = write_manifest([chunk(["a", "b", "a"]), chunk(["b", "c"], "bolt"), chunk(["a"])], folder)
-    assert (written.rows, written.duplicates, written.categories) == (3, 3, ("bolt", "nut"))
+    assert (written.rows, written.duplicates, written.categories) == (3, 3, {"bolt": 1, "nut": 2})
     assert read_manifest(folder) == written
     assert [row["uri"] for row in rows_in(folder)] == ["a", "b", "c"]
     assert all(row["image_id"] == image_id(str(row["uri"])) for row in rows_in(folder))
@@ -65,8 +66,8 @@ def test_an_unfinished_manifest_does_not_count(folder: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     "change",
-    # The last four contradict the rest.
-    [None, {"rows": None}, {"categories": []}, {"rows": 3}, {"shard_rows": [-5, 7]}, {"rows": 10**30}],
+    # The last three contradict the rest.
+    [None, {"rows": None}, {"categories": []}, {"categories": {}}, {"rows": 3}, {"rows": 10**30}],
 )
 def test_an_error_names_a_damaged_manifest(folder: str, change: dict[str, object] | None) -> None:
     written = write_manifest([chunk(["a", "b"])], folder)
@@ -89,14 +90,18 @@ def test_passthrough_columns_are_kept_and_must_agree(folder: str, segment_rows: 
         write_manifest([chunk(["a"], line=[7]), chunk(["b"], line=["7"])], folder)
 
 
-@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(1, 12))
-def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], segment_rows: int) -> None:
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(1, 12), st.integers(1, 5))
+def test_segments_have_each_row_once_and_their_size(
+    chunks: list[list[int]], segment_rows: int, shard_rows: int
+) -> None:
     fsspec.filesystem("memory").store.clear()
-    written = write_manifest(
-        [chunk([f"{i}.png" for i in ids]) for ids in chunks], "memory://list", segment_rows=segment_rows
-    )
+    tables = [chunk([f"{i}.png" for i in ids]) for ids in chunks]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "SHARD_ROWS", shard_rows)
+        written = write_manifest(tables, "memory://list", segment_rows=segment_rows)
+        segments = written.segments("memory://list")
     found = []
-    for number, segment in enumerate(written.segments("memory://list")):
+    for number, segment in enumerate(segments):
         assert segment.number == number
         assert 0 < segment.rows <= segment_rows
         for uri, rows, _ in segment.shards:
@@ -106,7 +111,7 @@ def test_segments_have_each_row_once_and_their_size(chunks: list[list[int]], seg
     distinct = dict.fromkeys(f"{i}.png" for ids in chunks for i in ids)
     assert found == list(distinct)
     assert written.rows == len(distinct)
-    shards = [uri for segment in written.segments("memory://list") for uri, *_ in segment.shards]
+    shards = [uri for segment in segments for uri, *_ in segment.shards]
     assert storage.files("memory://list") == [*shards, "memory://list/manifest.json"]
 
 
