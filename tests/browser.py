@@ -1,7 +1,5 @@
 """Checks of a page: its tags, and how a real browser shows it."""
 
-from __future__ import annotations
-
 import io
 from html.parser import HTMLParser
 from itertools import product

@@ -1,7 +1,5 @@
 """Fixtures that all tests share, and a summary of the tests on real data."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

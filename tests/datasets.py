@@ -1,7 +1,5 @@
 """Write small data sets in the MVTec AD layout, and rows as scoring writes them, to any filesystem."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

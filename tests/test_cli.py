@@ -1,7 +1,5 @@
 """Options from the command line, the environment, YAML files and presets; help and error messages."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,7 +1,5 @@
 """The files for Kubernetes, checked without a cluster."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import re

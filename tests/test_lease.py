@@ -1,7 +1,5 @@
 """The lease as a protocol: on several stores, with a simulated clock; and with real processes."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Processes that do not compute with torch do not import it, which would take seconds and 200 MiB in each."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Listings, on local disks and against a server of S3."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time

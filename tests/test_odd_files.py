@@ -1,7 +1,5 @@
 """Decode files as cameras, editors, converters and broken transfers write them."""
 
-from __future__ import annotations
-
 import ast
 import io
 import struct

@@ -1,7 +1,5 @@
 """Which paths several machines can reach, and the first node to ask for."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from unittest.mock import Mock, call

@@ -1,7 +1,5 @@
 """All pages name options, paths and links that exist; CI runs the test line of the README."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One object, tables and URIs, on local disks and against a server of S3; `tests/test_listing.py` has the listings."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

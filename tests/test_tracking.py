@@ -1,7 +1,5 @@
 """Fits and reports in MLflow, read back by its client from a folder; a server that is down, and MLflow missing."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """Jobs in processes of their own, a server of S3, and helpers that several of these tests need."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """The nightly job in processes of its own: two starts at once, a kill in the middle, late files, a webhook."""
 
-from __future__ import annotations
-
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,7 +1,5 @@
 """The benchmark job on some images of real categories: colour PNG, long grey JPEG, and parts at any angle."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

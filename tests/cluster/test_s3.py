@@ -1,7 +1,5 @@
 """Data and output in object storage: a real S3 server, real requests."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

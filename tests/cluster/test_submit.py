@@ -1,7 +1,5 @@
 """The jobs by `ray job submit`, on a cluster that requires a token, with all data in S3."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

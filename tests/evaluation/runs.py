@@ -1,7 +1,5 @@
 """A scored run folder, and results, made without scoring."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

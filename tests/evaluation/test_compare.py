@@ -1,7 +1,5 @@
 """Two scored runs compared: the pairs against a plain reference, and the job up to its page in a browser."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from pathlib import Path

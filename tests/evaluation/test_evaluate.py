@@ -1,7 +1,5 @@
 """What a Ray task evaluates, and the report, without Ray."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from unittest.mock import Mock
 

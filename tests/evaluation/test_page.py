@@ -1,7 +1,5 @@
 """The report's page: as text, and in a real browser where one is installed."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cache
 from pathlib import Path

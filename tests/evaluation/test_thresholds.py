@@ -1,7 +1,5 @@
 """Thresholds with what they promise: the numbers, the text of the job, and the page in a browser."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What happens before any worker starts; the test takes the place of the worker group."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Sequence

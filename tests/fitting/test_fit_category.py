@@ -1,7 +1,5 @@
 """One task from images to stored model, also after interruptions."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

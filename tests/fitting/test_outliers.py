@@ -1,7 +1,5 @@
 """Which good images a fit names, what its page shows, and what is left out by a list."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The evaluate job's steps and refusals, without Ray."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The models job, on a store of models that were not trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import subprocess

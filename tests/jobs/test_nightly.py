@@ -1,7 +1,5 @@
 """The nightly job without Ray: what is scored when, and that a kill at any step changes nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Nights made of random numbers."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Feedback from the job's options to the store, without Ray."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Records of nights from rows, with the verdicts of `verdict.judge` itself."""
 
-from __future__ import annotations
-
 import datetime
 from pathlib import Path
 from typing import Any

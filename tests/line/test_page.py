@@ -1,7 +1,5 @@
 """nightly.html: as text, and in a real browser where one is installed."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Each test rejects as often as its p-value says, though both sides are samples."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """The webhook against a real server on this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

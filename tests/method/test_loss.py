@@ -1,7 +1,5 @@
 """The method's equations against plain numpy, written from the paper."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Memory banks against plain numpy, scipy and brute force."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The distances of images from other images, against a plain computation image by image."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Geometry of the input: the part of an image that a model sees, and its box in the input."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 

@@ -1,7 +1,5 @@
 """Pixel metrics against plain implementations of their definitions, scikit-learn, and hand-made cases."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from itertools import pairwise

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from stpm.models.libraries import NodeVersions, VersionCheck, installed_versions
 
 FIRST = {"python": "3.11.7", "torch": "2.13.0", "openvino": "2026.4.1"}

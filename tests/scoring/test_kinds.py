@@ -1,7 +1,5 @@
 """Kinds of alarms: blobs are found, and neither the order of rows nor their number matters."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Which run a folder holds, whatever was cut off there: all steps before Ray is started, and after it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext, suppress

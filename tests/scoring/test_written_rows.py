@@ -1,7 +1,5 @@
 """What killed and suspended runs left, and what the next one makes of it, without Ray."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import PurePosixPath
 

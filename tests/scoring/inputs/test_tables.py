@@ -1,7 +1,5 @@
 """Tables of a user become manifest rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A data set with three fitted categories, and the stages as plain functions from table to table: no Ray runs here."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence

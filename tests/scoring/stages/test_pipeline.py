@@ -1,7 +1,5 @@
 """Images through all stages, as plain functions."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os
