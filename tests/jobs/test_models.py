@@ -125,11 +125,13 @@ def test_only_an_explicit_option_removes_models(models: ModelStore, ids: list[st
 
 
 def test_a_damaged_list_of_versions_is_replaced_by_the_next_model(
-    models: ModelStore, ids: list[str], tiny: Recipe
+    models: ModelStore, ids: list[str], tiny: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = {"model_id": ids[2], "data_fingerprint": "x"}
-    storage.publish(f"{models.uri}/nut/current.json", json.dumps(old).encode())
-    assert run(models, "nut") == 3
+    for damaged in (b"", json.dumps({"model_id": ids[2], "data_fingerprint": "x"}).encode()):
+        storage.publish(f"{models.uri}/nut/current.json", damaged)
+        assert run(models, "nut") == 3
+        assert "current.json: cannot be read by this version" in caplog.text
+        caplog.clear()
     record = save(models, dataclasses.replace(tiny, seed=9))
     assert models.record("nut") == record
     assert models.versions("nut").previous == ()

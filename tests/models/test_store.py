@@ -221,31 +221,6 @@ def test_missing_models_are_not_looked_for_among_all_others(memory: str, monkeyp
     assert requests.total() <= 2 * 20
 
 
-def test_load_refuses_missing_or_empty_records(store: ModelStore, tiny: Recipe) -> None:
-    save(store, tiny)
-    storage.remove(stored(store, "model.json"))
-    with pytest.raises(ModelError, match=r"no model nut-.* for category 'nut'"):
-        store.load("nut")
-    storage.publish(f"{store.folder('nut')}/current.json", b"")
-    with pytest.raises(ModelError, match=r"current\.json: cannot be read"):
-        store.load("nut")
-    storage.remove(f"{store.folder('nut')}/current.json")
-    with pytest.raises(ModelError, match="no model for category 'nut'"):
-        store.load("nut")
-
-
-@pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet", "teachers"])
-def test_damaged_files_are_refused(store: ModelStore, file: str) -> None:
-    recipe = MODELS["student and memory"]
-    record = save(store, recipe)
-    uri = stored(store, file) if file != "teachers" else storage.files(f"{store.uri}/teachers")[0]
-    data = bytearray(storage.read(uri))
-    data[len(data) // 2] ^= 1
-    storage.publish(uri, bytes(data))
-    with pytest.raises(ModelError, match=rf"{file}.*: its SHA-256 is .* expected; remove the file, and fit the mod"):
-        _ = [store.load("nut"), store.load_teacher(recipe.teacher, recipe.levels, record.teacher_digest)]
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
