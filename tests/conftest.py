@@ -106,6 +106,10 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
     return str(tmp_path) if request.param == "local" else memory
 
 
+class Killed(BaseException):
+    """Ends a command anywhere, as a kill does."""
+
+
 class Clock:
     """A clock that a test sets."""
 

@@ -23,7 +23,7 @@ from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import Size
-from tests.conftest import MODELS, SETTINGS
+from tests.conftest import MODELS, SETTINGS, Killed
 from tests.datasets import make_category
 
 EVERY_EPOCH = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0)
@@ -62,10 +62,6 @@ def contents(task: FitTask) -> dict[str, bytes]:
 
 def checkpoints(task: FitTask) -> list[str]:
     return [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
-
-
-class Killed(BaseException):
-    pass
 
 
 def fit_until(task: FitTask, number: int) -> None:

@@ -19,7 +19,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
-from tests.conftest import MODELS
+from tests.conftest import MODELS, Killed
 from tests.datasets import make_category
 from tests.line.test_marks import write
 from tests.scoring.stages.helpers import nut_rows, score
@@ -56,10 +56,6 @@ class Plant:
 
     def calibration(self) -> Calibration:
         return self.store.load("nut").calibration
-
-
-class Killed(BaseException):
-    """Ends a command anywhere, as a kill does."""
 
 
 @pytest.fixture

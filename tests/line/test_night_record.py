@@ -23,6 +23,7 @@ from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
+from tests.datasets import write_rows
 from tests.line.nightly_runs import DATE, output_rows
 from tests.models import test_store
 
@@ -60,7 +61,7 @@ class Nights:
             state.start(ScoringConfig(("/no/dump",), 0.25))
             state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
             table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
-            storage.publish(f"{output.scores}/{output.name}_0.parquet", storage.encode_parquet(table), durable=False)
+            write_rows(output, table)
             write_manifest([], output.manifest)
         made = make_record(self.job, folder, self.nights, problem)
         self.nights.append(made)
@@ -91,10 +92,8 @@ def test_equal_nights_are_fine_and_a_change_is_named(nights: Nights) -> None:
 
 
 def test_a_night_expects_the_false_alarms_of_a_decided_threshold(nights: Nights) -> None:
-    assert (nights.add(300).categories["nut"].false_alarm_rate, nights.nights[0].categories["nut"].decision) == (
-        0.25,
-        "",
-    )
+    before = nights.add(300).categories["nut"]
+    assert (before.false_alarm_rate, before.decision) == (0.25, "")
     # Of three calibration scores, two are above.
     run_models(ModelsOptions(nights.store.uri, threshold=Names(["nut=0.3"]), by="ann"))
     nights.model_id = nights.store.record("nut").model_id

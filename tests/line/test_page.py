@@ -47,36 +47,28 @@ def test_what_is_to_be_looked_at_is_on_top_and_every_category_in_the_table() -> 
 
 
 @pytest.mark.parametrize(
-    ("categories", "is_judged", "unfinished", "problem", "shown"),
+    ("categories", "unclear", "is_judged", "unfinished", "problem", "shown"),
     [
-        (2, True, 0, "", "None: every category is fine."),
-        (2, True, 0, "the dump is not mounted", "None: every category is fine."),
-        (2, False, 2, "", "The night has not been judged."),
-        (2, False, 0, "storage is down", "The night has not been judged."),
-        (0, False, 0, "storage is down", "The night has not been judged."),
-        (0, False, 0, "", "There are no images to judge."),
+        (2, 0, True, 0, "", ["None: every category is fine."]),
+        (2, 0, True, 0, "the dump is not mounted", ["None: every category is fine."]),
+        (2, 2, True, 0, "", []),
+        (2, 0, False, 2, "", ["The night has not been judged."]),
+        (2, 0, False, 0, "storage is down", ["The night has not been judged."]),
+        (0, 0, False, 0, "storage is down", ["The night has not been judged."]),
+        (0, 0, False, 0, "", ["There are no images to judge."]),
     ],
 )
 def test_a_night_without_a_category_to_look_at_tells_whether_it_is_judged(
-    categories: int, is_judged: bool, unfinished: int, problem: str, shown: str
+    categories: int, unclear: int, is_judged: bool, unfinished: int, problem: str, shown: list[str]
 ) -> None:
-    (night,) = make_nights(["a", "b"], 1, act=0, watch=0)
+    (night,) = make_nights(["a", "b"], 1, act=0, watch=0, unclear=unclear)
     records = {name: each if is_judged else replace(each, verdict=None) for name, each in night.categories.items()}
     night = replace(night, unfinished=unfinished, problem=problem, categories=records)
     text = page([night if categories else Night(night.date, (), problem=problem)], "s3://nights", CREATED)
-    texts = {
-        "None: every category is fine.",
-        "The night has not been judged.",
-        "There are no images to judge.",
-    }
-    assert [each for each in texts if each in text] == [shown]
+    texts = ("None: every category is fine.", "The night has not been judged.", "There are no images to judge.")
+    assert [each for each in texts if each in text] == shown
+    assert ("<b>2</b> cannot tell" in text) == bool(unclear)
     assert ("No image has a score." in text) == (not categories)
-
-
-def test_a_page_whose_only_categories_cannot_tell_calls_none_fine() -> None:
-    text = page(make_nights(["a"], 1, act=0, watch=0, unclear=1), "s3://nights", CREATED)
-    assert "every category is fine" not in text
-    assert "<b>1</b> cannot tell" in text
 
 
 def test_the_links_lead_to_files_of_the_nights() -> None:
@@ -101,25 +93,16 @@ def test_a_trend_has_a_point_per_night_by_its_date_and_larger_rates_are_higher_u
     assert np.argsort(heights).tolist() == np.argsort(alarms).tolist()
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("page")
-    texts = {"evil": evil_page(), "many": page(make_nights(MANY, 30, act=3, watch=12), "s3://plant/nights", CREATED)}
-    for name, text in texts.items():
-        (folder / f"{name}.html").write_text(text)
-    return {name: folder / f"{name}.html" for name in texts}
-
-
-@pytest.mark.parametrize("name", ["evil", "many"])
-def test_in_a_browser_no_markup_from_data_runs_and_nothing_overflows(
-    browser: Any, pages: dict[str, Path], name: str
+def test_in_a_browser_no_markup_from_data_runs_nothing_overflows_and_the_search_finds_a_category(
+    browser: Any, tmp_path: Path
 ) -> None:
-    check_page(browser, pages[name].as_uri())
-
-
-def test_in_a_browser_the_search_finds_a_category(browser: Any, pages: dict[str, Path]) -> None:
+    evil, many = tmp_path / "evil.html", tmp_path / "many.html"
+    evil.write_text(evil_page())
+    many.write_text(page(make_nights(MANY, 30, act=3, watch=12), "s3://plant/nights", CREATED))
+    for each in (evil, many):
+        check_page(browser, each.as_uri())
     tab = browser.new_page()
-    tab.goto(pages["many"].as_uri())
+    tab.goto(many.as_uri())
     assert tab.locator("#categories tbody tr:visible").count() == 0
     for wanted, count in (("product 49", 10), ("watch", 12), ("nothing", 0), ("", 500)):
         tab.fill("#find", wanted)

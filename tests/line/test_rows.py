@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.line import rows as rows_module
 from stpm.line.rows import read_rows
 from stpm.scoring.output import RunOutput
+from tests.datasets import write_rows
 from tests.line.nightly_runs import output_rows
 
 KINDS = ("empty", "damaged", "no_model")
@@ -36,11 +36,10 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> RunOutput:
-    table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
+    output, table = RunOutput.named(str(folder), name), pa.Table.from_pylist(rows, schema=output_rows([]).schema)
     for start in range(0, len(rows), size):
-        chunk = table.slice(start, size)
-        storage.publish(f"{folder}/scores/{name}_{start:04}.parquet", storage.encode_parquet(chunk), durable=False)
-    return RunOutput.named(str(folder), name)
+        write_rows(output, table.slice(start, size), start)
+    return output
 
 
 @pytest.mark.parametrize("batch", [7, 100_000])

@@ -52,15 +52,6 @@ def test_nights_of_the_calibrations_own_distribution_are_fine_at_the_stated_rate
     assert all(count <= stats.binom.ppf(0.999, 1000, rate / tests) for (tests, rate), count in false.items())
 
 
-def test_a_few_defects_are_part_of_a_normal_night(rng: np.random.Generator) -> None:
-    false = 0
-    for i in range(300):
-        line = Line(rng)
-        nights = line.nights(1 + i % 6, images=1000, defects=0.04)
-        false += is_false(verdict(nights, line.reference))
-    assert false <= stats.binom.ppf(0.999, 300, 0.05 / 20)
-
-
 def test_more_defects_than_on_earlier_nights_are_named(line: Line) -> None:
     nights = [*line.nights(20, images=1000, defects=0.03), line.night(20, images=1000, defects=0.08)]
     found = verdict(nights, line.reference)
@@ -224,13 +215,6 @@ def test_at_a_threshold_that_a_person_decided_too_low_a_night_cannot_tell(
     assert ("are needed" in reason) == (rate < 1)
 
 
-def test_a_night_of_errors_that_chance_explains_cannot_tell(line: Line) -> None:
-    found = verdict([replace(line.empty(5), images=1, errors={"damaged": 1})], line.reference)
-    assert found.reasons == (
-        "50 % of the images could be alarms by chance; too few images: 0 with a score, and 10 are needed",
-    )
-
-
 def test_an_empty_night_is_named(line: Line) -> None:
     nights = line.nights(14, images=1204)
     text = "no images tonight; 1,204 on 2026-11-14"
@@ -294,6 +278,11 @@ def test_errors_are_named(line: Line) -> None:
     nothing = dict.fromkeys(COMPARED, np.empty(0, np.float32))
     all_errors = replace(night, errors={"damaged": 300}, alarms=0, p_values=np.empty(0, np.float32), statistics=nothing)
     assert verdict([all_errors], None).reasons == ("100 % of the images are errors (300 of 300)",)
+    # Chance may explain one.
+    found = verdict([replace(line.empty(5), images=1, errors={"damaged": 1})], line.reference)
+    assert found.reasons == (
+        "50 % of the images could be alarms by chance; too few images: 0 with a score, and 10 are needed",
+    )
 
 
 # Real products. Half of the images are the reference, and the other half the night.

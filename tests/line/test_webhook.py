@@ -4,9 +4,11 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -81,29 +83,23 @@ def test_a_url_without_a_user_sends_no_credentials_of_netrc(
     assert "Authorization" not in headers
 
 
-def test_temporary_failures_are_tried_again(server: Server) -> None:
-    server.answers = [503, 429, 0]
-    post(server.url, BODY, "k", timeout=0.2, pause=0.01)
-    assert len(server.received) == 4
-
-
 @pytest.mark.parametrize(
     ("answers", "tries", "reason"),
     [
+        ([503, 429, 0], 4, ""),
         ([500] * 9, 4, "it answered 500"),
         ([404], 1, "it answered 404"),
         ([302], 1, "it answered 302"),
         ([0] * 9, 4, "it did not answer in time"),
     ],
 )
-def test_a_server_that_refuses_or_hangs_is_named_without_secrets(
+def test_temporary_failures_are_tried_again_and_others_named_without_secrets(
     server: Server, answers: list[int], tries: int, reason: str
 ) -> None:
-    server.answers = answers
-    with pytest.raises(WebhookError) as caught:
+    server.answers = answers.copy()
+    refused = f"the webhook at http://127.0.0.1:{server.server_port}/... did not take the message: {reason}"
+    with pytest.raises(WebhookError, match=f"^{re.escape(refused)}$") if reason else nullcontext():
         post(server.url, BODY, "k", timeout=10 if all(answers) else 0.2, pause=0.01)
-    host = f"http://127.0.0.1:{server.server_port}"
-    assert str(caught.value) == f"the webhook at {host}/... did not take the message: {reason}"
     assert len(server.received) == tries
 
 

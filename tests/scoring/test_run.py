@@ -271,6 +271,7 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
     run_scoring(make_run(tmp_path, "/a.png"))
     (_, versions), _ = show.call_args
     assert versions["torch"] == "1.0"
+    assert versions.keys() >= {"python", "torch", "timm", "ray", "numpy", "pillow", "openvino"}
 
 
 @pytest.mark.usefixtures("no_models")
