@@ -114,9 +114,7 @@ FILE_ERRORS = [
     ("fit", b"categories: a\nepochs: 1.5\n", "--epochs is 1.5 in FILE, line 2; give INTEGER; see --help"),
     ("fit", b"config: other.yaml\n", "FILE, line 1: a file cannot name another one; give --config several times"),
     ("fit", b"wait: on\n", "--wait is on in FILE, line 1; give {yes,no}; see --help"),
-    ("fit", b"epochs: [1]\n", "--epochs is ['1'] in FILE, line 1; give INTEGER; see --help"),
     ("fit", b"levels: {a: 1}\n", "--levels is {'a': '1'} in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
-    ("benchmark", b"seeds: a\n", "--seeds is a in FILE, line 1; give INTEGER,INTEGER,...; see --help"),
     ("fit", b"learning_rate: .inf\n", "--learning-rate is .inf in FILE, line 1; give NUMBER; see --help"),
     ("fit", b"learning_rate: " + b"9" * 400, f"--learning-rate is {200 * '9'}… in FILE, line 1; give NUMBER; see"),
     ("nightly", b"? {webhook: SECRET}\n: 1\n", "FILE, line 1: an option's name is text"),
@@ -129,11 +127,9 @@ FILE_ERRORS = [
         for entry, message in (
             ("{pixls: 1}", "FILE, line 4, category pill: there is no option --pixls; did you mean --pixels?"),
             ("{seed: 1}", "FILE, line 4, category pill: there is no option --seed"),
-            ("{workers: 1}", "FILE, line 4, category pill: there is no option --workers"),
             ("{pixels: many}", "--pixels is many in FILE, line 4, category pill; give INTEGER; see --help"),
             ("{pixels: 9}", "FILE, line 4, category pill: --pixels is 9; give at least 1024 and at most 16777216"),
             ("{student: none, memory: 0}", "FILE, line 4, category pill: --student is 'none'; give --memory too"),
-            ("{threshold: high}", "--threshold is high in FILE, line 4, category pill; give NUMBER; see --help"),
             ("{threshold: 1e39}", "FILE, line 4, category pill: --threshold is 1e+39; give at least -3e+38"),
             ("{threshold: ~}", "--threshold is null in FILE, line 4, category pill; give a value, or leave it out"),
             ("{teacher_weights: 's3://me:SECRET@b/w.pth'}", "FILE, line 4, category pill: s3://b/...: this URI holds"),
@@ -273,21 +269,14 @@ def test_options_of_single_categories_are_typed_and_above_all_others_and_print_a
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epochs", "many"], "epochs"),
         (["--size", "big"], "size is big; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
-        (["--size", "1_0"], "size is 1_0; give {HEIGHTxWIDTH,SIDE,auto}; see --help"),
         (["--size", "640x8"], "size is '640x8'; give 32 to 4096 pixels each, or auto"),
         (["--epochs", "0"], "epochs is 0; give at least 1"),
-        (["--workers", "-1"], "workers is -1; give at least 0"),
         (["--tolerance", "-1"], "tolerance is -1.0; give at least 0"),
-        (["--worker-ram-gib", "nan"], "worker-ram-gib is nan; give NUMBER"),
         (["--model-ram-gib", "inf"], "model-ram-gib is inf; give NUMBER"),
         (["--image-seconds", "1e10"], "image-seconds is 10000000000.0; give more than 0 and at most 86400"),
         (["--student", "none", "--memory", "0"], "student is 'none'; give --memory too"),
         (["--preset", "paper", "--memory", "9"], "fusion is 'product'; give quantile"),
-        (["--memory-levels", "3,2"], "memory-levels is"),
-        (["--fusion", "calibrated"], "fusion"),
-        (["--student", "big"], "student"),
         (["--no-such-option", "1"], "there is no option --no-such-option; see --help"),
         (["--epoch=1"], "there is no option --epoch; did you mean --epochs?"),
         (["--epochs", "1.5"], "epochs is 1.5; give INTEGER; see --help"),
@@ -297,7 +286,7 @@ def test_options_of_single_categories_are_typed_and_above_all_others_and_print_a
         (["--seeds", "a"], "seeds is a; give INTEGER,INTEGER,...; see --help"),
         *(
             (["--false-alarm-rate", rate], f"false-alarm-rate is {float(rate)}; give more than 0 and less than 1")
-            for rate in ("0", "1", "-0.1", "2")
+            for rate in ("0", "1")
         ),
         (["--config", "/no/such/file.yaml"], "--config /no/such/file.yaml cannot be read: No such file"),
         (["--require"], "--require: expected one argument; see --help"),

@@ -209,6 +209,8 @@ def test_a_run_with_other_models_is_refused_or_started_over(
     save(ModelStore(str(tmp_path / "models")), dataclasses.replace(tiny, seed=7))
     with pytest.raises(OtherRunError, match=r"of another run: nut was 'nut-.*' and is 'nut-.*'; give another --out"):
         score()
+    differences = RunState(str(tmp_path / "run")).model_differences({"bolt": "bolt-1"})
+    assert differences == [f"nut was '{bound[1]['nut']}' and is None", "bolt was None and is 'bolt-1'"]
     assert RunState(str(tmp_path / "run")).store_and_model_ids() == bound
     after = score(fresh=True)
     assert all(after.get(name) != written for name, written in before.items())

@@ -18,17 +18,14 @@ from tests.scoring.stages.helpers import PREPROCESSING, manifest
 IMAGE = encode_image(np.full((20, 30, 3), 100, np.uint8))
 
 
-@pytest.mark.parametrize("data", [IMAGE, IMAGE[:60], b""])
-def test_an_image_that_crashes_nothing_passes(data: bytes) -> None:
-    check_in_child(data, make_preprocessing(64), seconds=60)
-
-
 def test_a_crash_of_the_child_is_an_error_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(CRASHING_SITECUSTOMIZE)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(ImageError, match="decoding it crashes the process with SIGSEGV; repair or remove the file"):
         check_in_child(crashing_image(), make_preprocessing(64), seconds=60)
-    check_in_child(IMAGE, make_preprocessing(64), seconds=60)
+    # An image that crashes nothing passes, even if it cannot be decoded.
+    for data in (IMAGE, IMAGE[:60], b""):
+        check_in_child(data, make_preprocessing(64), seconds=60)
 
 
 @pytest.mark.parametrize("ended", [-signal.SIGKILL, -signal.SIGTERM, 1, BlockingIOError("no more processes")])

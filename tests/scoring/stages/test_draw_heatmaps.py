@@ -20,9 +20,18 @@ from tests.scoring.inputs.helpers import rows as list_rows
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, score, scorer, write_heatmaps
 
 
-def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
+def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale_to_files_or_parquet(
+    run: Path, tmp_path: Path
+) -> None:
     rows = score(run, manifest(run))
     out = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
+    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
+    assert not (tmp_path / "no").exists()
+    for one, other in zip(out, inside, strict=True):
+        assert (other["heatmap"], other["overlay"]) == ("", "")
+        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes()
+        assert other["overlay_jpeg"] == (tmp_path / one["overlay"]).read_bytes()
+        assert one["heatmap_png"] is one["overlay_jpeg"] is None
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
         image_id = f"{row['image_id'] & (2**64 - 1):016x}"
@@ -41,18 +50,6 @@ def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path,
             expected = np.asarray(Image.fromarray(overlay(pixels, levels)).resize((64, 77)), float)
             # JPEG changes the pixels: of these, which are drawn at random, by four grey levels in the mean at most.
             assert np.abs(np.asarray(image) - expected).mean() < 4
-
-
-def test_heatmaps_in_parquet_are_the_same_bytes_as_in_files(run: Path, tmp_path: Path) -> None:
-    rows = score(run, manifest(run))
-    files = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
-    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
-    assert not (tmp_path / "no").exists()
-    for one, other in zip(files, inside, strict=True):
-        assert (other["heatmap"], other["overlay"]) == ("", "")
-        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes()
-        assert other["overlay_jpeg"] == (tmp_path / one["overlay"]).read_bytes()
-        assert one["heatmap_png"] is one["overlay_jpeg"] is None
 
 
 def test_regions_are_those_of_the_map_and_masks_are_drawn_of_images_that_have_any(run: Path, tmp_path: Path) -> None:
