@@ -4,16 +4,12 @@ import pytest
 
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from stpm.method.scales import HeatmapScale
-from stpm.models.record import FitRecord, ModelRecord
-from tests.conftest import TINY, Clock, make_preprocessing
+from tests.conftest import TINY, Clock
+from tests.evaluation.runs import result, without_student
 
 TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace(TINY, epochs=100), "s", "d")
 OTHER = dataclasses.replace(TASK, category="screw")
-FIT = FitRecord(3.21, 0, 0, None, None, 8, 2, 2, "cpu")
-MEMORY_MODEL = ModelRecord(
-    "nut", TINY, make_preprocessing(64), "float32", "", "", HeatmapScale(0, 1), (), FIT, library_versions={}, created=""
-)
+MEMORY_MODEL = without_student(result("nut", 0, None, None)).model
 
 
 def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:
@@ -98,7 +94,7 @@ def test_loss_above_its_start_is_reported(caplog: pytest.LogCaptureFixture) -> N
 
 def test_model_without_student_has_no_epochs(caplog: pytest.LogCaptureFixture) -> None:
     FitProgress([TASK], None)(FitResult(TASK, MEMORY_MODEL))
-    assert caplog.messages[0] == "nut (seed 0)  fitted in 3.2 s, memory only"
+    assert caplog.messages[0] == "nut (seed 0)  fitted in 2.0 s, memory only"
 
 
 def test_a_node_that_fits_with_other_versions_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

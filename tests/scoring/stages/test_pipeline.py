@@ -9,11 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from stpm import storage
@@ -32,6 +30,8 @@ from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
 from tests.datasets import encode_image, make_category
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
+from tests.test_storage import Flaky
+from tests.test_storage import flaky as flaky  # noqa: PLC0414  a fixture
 
 
 def test_each_stage_keeps_its_schema_and_the_users_columns(run: Path, tmp_path: Path) -> None:
@@ -105,27 +105,16 @@ def test_odd_names_and_files_are_not_opened_and_spoil_no_other(run: Path, tmp_pa
     assert all(row["error_message"] for row in out if row["error_kind"])
 
 
-class Expired(MemoryFileSystem):
-    """Storage whose reads all fail."""
-
-    protocol = "expired"
-    error: Exception = PermissionError("the token is expired")
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        raise self.error
-
-
 @pytest.mark.parametrize(
     "error", [PermissionError("no"), OSError("503"), RuntimeError("a client's bug"), UnicodeError("\udcff")]
 )
 def test_images_that_storage_failed_are_left_to_the_next_run(
-    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    run: Path, flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    fsspec.register_implementation("expired", Expired, clobber=True)
-    monkeypatch.setattr(Expired, "error", error)
+    flaky.errors = [error] * 9
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.0)
     good = manifest(run)["uri"].to_pylist()[:3]
-    uris = [good[0], "expired://a.png", *good[1:], "/gone.png"]
+    uris = [good[0], "flaky://a.png", *good[1:], "/gone.png"]
     reports: list[Any] = []
 
     def report(batch: BatchReport) -> None:
@@ -143,7 +132,7 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     # Each stage counts only its own failures.
     assert reports == [
         ("decode", 0, 0, 0, 5, 2, []),
-        ("score", 5, 0, 2, 3, 0, [("expired://a.png", "unreadable")]),
+        ("score", 5, 0, 2, 3, 0, [("flaky://a.png", "unreadable")]),
         ("score", 5, 3, 2, 3, 0, []),
     ]
 
