@@ -88,3 +88,9 @@ def make_output(count: int, **columns: Any) -> pa.Table:
 def write_rows(output: RunOutput, rows: pa.Table, number: int = 0) -> None:
     """Write rows to a file of a run."""
     storage.publish(f"{output.scores}/{output.name}_{number}.parquet", storage.encode_parquet(rows), durable=False)
+
+
+def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
+    """Replace the values of a column."""
+    index = rows.schema.get_field_index(name)
+    return rows.set_column(index, rows.schema.field(index), pa.array(values, rows.schema.field(index).type))

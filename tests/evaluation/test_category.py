@@ -1,22 +1,24 @@
+"""A category's metrics, and the charts of its scores."""
+
 import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from stpm.errors import RunDamagedError
-from stpm.evaluation.category import MasksAt, ScoredCategory
+from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
+from stpm.evaluation.charts import draw_charts, histogram_bins, roc_curves
 from stpm.evaluation.report import Report
 from stpm.method.preprocessing import Resize
-from stpm.metrics.category_metrics import METRICS
+from stpm.metrics.category_metrics import METRICS, measure_category
 from tests.conftest import make_preprocessing
-from tests.datasets import encode_image, write_rows
+from tests.datasets import encode_image, with_column, write_rows
 from tests.evaluation.runs import measured, result, scored_run
 
 PIXEL_METRICS = [name for name in METRICS if name.startswith("pixel")]
@@ -182,8 +184,24 @@ def test_a_wrong_value_of_a_scored_row_names_the_folder(
 ) -> None:
     category = scored_run(tmp_path)
     rows = pq.read_table(Path(category.output.scores) / "seed-0_0.parquet")
-    index = rows.schema.get_field_index(column)
-    changed = pa.array([*rows[column].to_pylist()[:-1], value], rows.schema.field(column).type)
-    write_rows(category.output, rows.set_column(index, rows.schema.field(column), changed))
+    write_rows(category.output, with_column(rows, column, [*rows[column].to_pylist()[:-1], value]))
     with pytest.raises(RunDamagedError, match=rf"^{category.output.scores}: {problem}"):
         measured(category)
+
+
+def test_curves_have_the_area_of_their_metric(tmp_path: Path) -> None:
+    scores = read_scores(scored_run(tmp_path))
+    values = measure_category(scores).values
+    areas = {name: np.trapezoid(y, x) for name, (x, y) in roc_curves(scores).items()}
+    assert areas["image ROC"] == pytest.approx(values["image_auroc"])
+    assert areas["pixel ROC"] == pytest.approx(values["pixel_auroc"])
+    assert areas["PRO to 0.3"] / 0.3 == pytest.approx(values["pixel_aupro"])
+    # A chart that would be empty is not drawn.
+    assert draw_charts(read_scores(scored_run(tmp_path / "broken", broken=12)), {}, 0, "salt") == {}
+
+
+@pytest.mark.parametrize("scores", [[1e-6, 1e-3, 1.0], [0.5, 0.6, 0.7], [-1.0, 0.0, 5.0], [2.0, 2.0, 2.0]])
+def test_the_bins_hold_every_score_and_the_threshold(scores: list[float]) -> None:
+    edges, logarithmic = histogram_bins(np.array(scores, np.float32), threshold=2.0)
+    assert logarithmic == (scores[0] == 1e-6)
+    assert np.histogram(np.array([*scores, 2.0], np.float32), edges)[0].sum() == 4

@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +22,7 @@ from stpm.options import Names
 from stpm.scoring.output import RunOutput
 from tests.browser import check_page, open_tab
 from tests.conftest import TINY
-from tests.datasets import make_output, write_rows
+from tests.datasets import make_output, with_column, write_rows
 from tests.evaluation.runs import scored_run
 from tests.jobs.test_evaluate import finish_run
 from tests.models.test_store import save
@@ -121,9 +120,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     other = RunOutput.named(str(root / "other"), "seed-0")
     shutil.copytree(output.folder, other.folder)
     finish_run(other, model_id, store.uri, 11)
-    turns = pa.array([i % 2 == 0 for i in range(len(rows))])
-    changed = rows.set_column(rows.schema.get_field_index("is_anomalous"), "is_anomalous", turns)
-    write_rows(other, changed.slice(1))
+    write_rows(other, with_column(rows, "is_anomalous", [i % 2 == 0 for i in range(len(rows))]).slice(1))
     return [output.folder, other.folder]
 
 

@@ -12,7 +12,7 @@ from scipy.stats import beta
 from stpm.evaluation.report import Failure, Report
 from stpm.metrics.category_metrics import Metric
 from stpm.metrics.intervals import wilson_interval
-from tests.conftest import make_preprocessing
+from tests.conftest import TINY, make_preprocessing
 from tests.evaluation.runs import REPORT, result, without_student
 
 
@@ -76,9 +76,7 @@ def test_the_headline_names_the_worst_category_and_the_mean_has_its_std_over_see
         ("b", 0, 0.6, 1, 0),
         ("b", 1, 1.0, 1, 0),
     ):
-        made = result(category, seed, image, None)
-        metrics = dataclasses.replace(made.metrics, found_count=found, false_alarm_count=alarms)
-        results.append(dataclasses.replace(made, metrics=metrics))
+        results.append(result(category, seed, image, None, found_count=found, false_alarm_count=alarms))
     contents = Report("data", results).contents
     assert contents["headline"] == (
         "5.5 of 10 defects are found (fewest of b: 1 of 5), and "
@@ -109,11 +107,8 @@ def test_an_empty_report_is_written() -> None:
 
 
 def test_an_image_that_fails_with_each_seed_is_one_failure() -> None:
-    seeds = [result("a", seed, None, None) for seed in (0, 1)]
     problem = "1.png: cannot be decoded"
-    damaged = [
-        dataclasses.replace(each, metrics=dataclasses.replace(each.metrics, problems=(problem,))) for each in seeds
-    ]
+    damaged = [result("a", seed, None, None, problems=(problem,)) for seed in (0, 1)]
     assert Report("data", damaged).failures == [Failure("a", problem)]
 
 
@@ -133,9 +128,7 @@ def test_the_protocol_has_the_inputs_values_in_common() -> None:
     words = {0.0: "maximum of the anomaly map", 0.005: "mean of the highest 0.5 % of the anomaly map"}
     fitted = []
     for fraction, expected in words.items():
-        made = result(f"{fraction}", 0, 0.5, None)
-        recipe = dataclasses.replace(made.model.recipe, top_fraction=fraction)
-        fitted.append(dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe)))
+        fitted.append(result(f"{fraction}", 0, 0.5, None, dataclasses.replace(TINY, top_fraction=fraction)))
         assert Report("data", fitted[-1:]).contents["protocol"]["image_score"] == expected
     assert Report("data", fitted).contents["protocol"]["image_score"] == "varies"
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,6 @@ from stpm.errors import (
     OtherRunError,
     RunDamagedError,
     RunInterruptedError,
-    StpmError,
 )
 from stpm.jobs.models import run_models
 from stpm.jobs.score import run_score
@@ -34,9 +32,7 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import resume as resume_module
 from stpm.scoring import run as run_module
-from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Shard
-from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
@@ -117,24 +113,6 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
     assert uris_in(new.output) == ["/c.png"]
     assert {path.name for path in (tmp_path / "run").iterdir()} - {"scores", "heatmaps"} == {"manifest", "run.json"}
     assert not new.output.files()
-
-
-def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path, "/a.png", "/b.png")
-    with monkeypatch.context() as patch:
-        patch.setattr(resume_module, "read_models", lambda *_: {})
-        finish(run)
-    before = run.output.written_uris()
-    unmounted = [str(tmp_path / "unmounted")]
-    partly = dataclasses.replace(
-        run, rows=lambda: chain([list_rows(["/a.png"])], image_rows(unmounted, CategoryRule("nut")))
-    )
-    # The store has no model.
-    for mistaken, message in ((partly, "unmounted: no images here"), (run, "no model for category 'nut'")):
-        with pytest.raises(StpmError, match=message):
-            resume_or_start(mistaken, start_over=True, replace=False)
-        assert run.output.written_uris() == before
-        assert RunState(run.output.state_folder).is_finished()
 
 
 def publish_rows(output: RunOutput, start: int, stop: int) -> None:
@@ -274,18 +252,6 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
     (_, versions), _ = show.call_args
     assert versions["torch"] == "1.0"
     assert versions.keys() >= {"python", "torch", "timm", "ray", "numpy", "pillow", "openvino"}
-
-
-@pytest.mark.usefixtures("no_models")
-def test_a_run_of_another_configuration_may_be_replaced(tmp_path: Path) -> None:
-    finish(make_run(tmp_path, "/a.png"))
-    other = make_run(tmp_path, "/b.png")
-    with pytest.raises(ConfigError, match="holds the rows of another run: images was"):
-        resume_or_start(other, start_over=False, replace=False)
-    state, _, _ = resume_or_start(other, start_over=False, replace=True)
-    assert not state.is_finished()
-    assert uris_in(other.output) == ["/b.png"]
-    assert not other.output.files()
 
 
 def test_unfinished_heatmaps_of_killed_processes_are_removed(

@@ -3,7 +3,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -14,8 +13,7 @@ from stpm.method.regions import find_regions
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from stpm.scoring.schema import SCORED
-from tests.datasets import write_rows
+from tests.datasets import with_column, write_rows
 from tests.scoring.inputs.helpers import rows as list_rows
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, score, scorer, write_heatmaps
 
@@ -79,15 +77,12 @@ def test_regions_are_those_of_the_map_and_masks_are_drawn_of_images_that_have_an
 
 @pytest.mark.parametrize(("heatmaps", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
 def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmaps: Any, expected: int) -> None:
-    rows = score(run, manifest(run).slice(0, 8))
-    is_anomalous = pa.array([i < 3 for i in range(8)])
-    rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), is_anomalous)
+    rows = with_column(score(run, manifest(run).slice(0, 8)), "is_anomalous", [i < 3 for i in range(8)])
     out = write_heatmaps(rows, tmp_path, heatmaps).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}
     # Ray's metrics refuse the name of such a category.
-    category = pa.array(["größer"] * 8)
-    named = rows.set_column(rows.schema.get_field_index("category"), SCORED.field("category"), category)
+    named = with_column(rows, "category", ["größer"] * 8)
     assert write_heatmaps(named, tmp_path, "none")["category"].unique().to_pylist() == ["größer"]
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == expected
 

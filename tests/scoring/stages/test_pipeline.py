@@ -28,7 +28,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
-from tests.datasets import encode_image, make_category
+from tests.datasets import encode_image, make_category, with_column
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
 from tests.test_storage import Flaky
 from tests.test_storage import flaky as flaky  # noqa: PLC0414  a fixture
@@ -59,8 +59,7 @@ def test_unreadable_images_become_rows_with_an_error(run: Path, tmp_path: Path) 
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     rows = nut_rows([str(tmp_path / name) for name in (*contents, "gone.png", "dot.png")])
-    categories = pa.array([*["nut"] * 6, "no/such\nmodel"])
-    rows = rows.set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), categories)
+    rows = with_column(rows, "category", [*["nut"] * 6, "no/such\nmodel"])
     out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
@@ -172,7 +171,7 @@ def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, 
     (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
     assert members.num_rows == 8
     assert set(members["category"].to_pylist()) == {"grey"}
-    members = members.set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), files["category"])
+    members = with_column(members, "category", files["category"].to_pylist())
     for ours, theirs in zip(score(run, members).to_pylist(), score(run, files).to_pylist(), strict=True):
         assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
         assert ours["score"] == theirs["score"]
