@@ -144,6 +144,18 @@ def fail_to_read(patch: pytest.MonkeyPatch, error: OSError, names: Collection[st
     patch.setattr(storage, "read", read)
 
 
+def record_calls(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """Let a function or method of `owner` go on as it does; return the list of its calls' arguments."""
+    original, calls = getattr(owner, name), []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **options)
+
+    patch.setattr(owner, name, call)
+    return calls
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -23,6 +23,7 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.storage import listing
 from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
+from tests.conftest import record_calls
 from tests.test_storage import root as root  # noqa: PLC0414  a fixture
 
 _NAMES = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
@@ -103,10 +104,9 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
 
 
 def test_files_are_yielded_before_all_folders_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, scandir = [], os.scandir
     for i in range(100):
         storage.publish(f"{tmp_path}/{i:03}/x.png", b"", durable=False)
-    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    listed = record_calls(monkeypatch, os, "scandir")
     found = storage.iter_files(str(tmp_path))
     assert names([next(found), next(found)], str(tmp_path)) == ["000/x.png", "001/x.png"]
     assert len(listed) < 25

@@ -8,7 +8,7 @@ from stpm.detector import Detector
 from stpm.fitting.training_images import TrainingImages
 from stpm.method.memory_bank import MemoryBank
 from stpm.options import Integers
-from tests.conftest import MODELS
+from tests.conftest import MODELS, record_calls
 from tests.fitting.helpers import PADDED, RAM, FeaturesOf, build_memory, replace_padding, same_tensors, unpadded
 
 # Its banks hold every descriptor.
@@ -85,14 +85,16 @@ def test_a_memory_of_brighter_and_darker_images_knows_an_aged_lamp(
     assert same_banks(build_memory(features, train, recipe), build_memory(features, train, recipe))
 
 
-def test_padding_is_as_bright_as_ever(images: TrainingImages, features_of: FeaturesOf) -> None:
+def test_padding_is_as_bright_as_ever(
+    images: TrainingImages, features_of: FeaturesOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = features_of(WHOLE, dataclasses.replace(images, content=PADDED))
-    seen: list[np.ndarray] = []
-    features.teacher.inputs = lambda pixels: seen.append(pixels.numpy()) or original(pixels)  # type: ignore[method-assign, func-returns-value, assignment]
-    original = type(features.teacher).inputs.__get__(features.teacher)
+    calls = record_calls(monkeypatch, features.teacher, "inputs")
     features.brightened(np.arange(2), np.array([0.5, 0.5], np.float32))
-    (pixels,) = seen
-    for before, after, (left, top, right, bottom) in zip(images.pixels, pixels, PADDED.boxes.tolist(), strict=False):
+    ((pixels,),) = calls
+    for before, after, (left, top, right, bottom) in zip(
+        images.pixels, pixels.numpy(), PADDED.boxes.tolist(), strict=False
+    ):
         inside = np.zeros(before.shape[:2], bool)
         inside[top:bottom, left:right] = True
         np.testing.assert_array_equal(after[~inside], before[~inside])

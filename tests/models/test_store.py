@@ -1,9 +1,7 @@
 import dataclasses
 import json
 import socket
-from collections import Counter
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -23,7 +21,7 @@ from stpm.method.scales import DistanceScale, HeatmapScale
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import FitRecord, ModelRecord, StoredFile
 from stpm.models.store import ModelStore, encode_model
-from tests.conftest import MODELS, make_preprocessing
+from tests.conftest import MODELS, make_preprocessing, record_calls
 from tests.datasets import fitted_categories
 
 FIT = FitRecord(1.0, 2, 2, 0.5, 0.6, 6, 2, 5, "cpu")
@@ -205,20 +203,12 @@ def test_a_missing_model_whose_name_is_there_in_another_unicode_form_is_named(st
 def test_missing_models_are_not_looked_for_among_all_others(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(300):
         storage.publish(f"{memory}/part {number}/current.json", b"{}")
-    requests: Counter[str] = Counter()
-    for name in ("cat_file", "exists", "ls"):
-        original = getattr(MemoryFileSystem, name)
-
-        def ask(self: Any, path: str, *rest: Any, _name: str = name, _original: Any = original, **more: Any) -> Any:
-            requests[_name] += 1
-            return _original(self, path, *rest, **more)
-
-        monkeypatch.setattr(MemoryFileSystem, name, ask)
+    requests = [record_calls(monkeypatch, MemoryFileSystem, name) for name in ("cat_file", "exists", "ls")]
     for number in range(20):
         with pytest.raises(NoModelError):
             ModelStore(memory).record(f"Teil \u00fc {number}")
     # Of each, current.json under its name and under that in the other Unicode form.
-    assert requests.total() <= 2 * 20
+    assert sum(map(len, requests)) <= 2 * 20
 
 
 @pytest.mark.parametrize(

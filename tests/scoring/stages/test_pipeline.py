@@ -28,6 +28,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
+from tests.conftest import record_calls
 from tests.datasets import encode_image, make_category, with_column
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
 from tests.test_storage import Flaky
@@ -137,9 +138,7 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
 
 
 def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
-    load = ModelStore.load
-    monkeypatch.setattr(ModelStore, "load", lambda self, name, model: loaded.append(name) or load(self, name, model))
+    loaded = record_calls(monkeypatch, ModelStore, "load")
     images = manifest(run)
     in_order_of_time = np.random.default_rng(0).integers(0, images.num_rows, 10 * BLOCK_ROWS)
     rows = images.take(in_order_of_time).set_column(0, MANIFEST.field(0), pa.array(range(10 * BLOCK_ROWS)))
@@ -151,7 +150,7 @@ def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, m
     # Room for one of the three models.
     score_block = scorer(run, model_ram_gib=2**-30)
     scored = [score_block(decode(ordered.slice(start, BLOCK_ROWS))) for start in range(0, len(rows), BLOCK_ROWS)]
-    assert sorted(loaded) == sorted(PREPROCESSING)
+    assert sorted(name for _, name, _ in loaded) == sorted(PREPROCESSING)
     assert sorted(id for block in scored for id in block["image_id"].to_pylist()) == list(range(len(rows)))
 
 
