@@ -37,13 +37,12 @@ from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
 from stpm.scoring.resume import resume_or_start
-from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from stpm.scoring.scoring_run import ScoringRun
 from tests.conftest import fail_to_read
-from tests.datasets import make_category, make_output
+from tests.datasets import make_category, write_task
 from tests.models.test_store import save
 from tests.scoring.inputs.helpers import list_rows
 from tests.scoring.inputs.test_manifest import read_shards
@@ -117,15 +116,10 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
 
 def publish_rows(output: RunOutput, start: int, stop: int) -> None:
     """Write rows with a score as a task does, in one file."""
-    count = stop - start
-    same = {"category": ["nut"], "threshold": [1.0], "is_anomalous": [True], "p_value": [0.1], "bytes": [1]}
-    values = {name: each * count for name, each in same.items()} | {"score": range(count)}
-    shards = pa.concat_tables(read_shards(output.manifest)).slice(start, count)
-    rows = make_output(count, **values, **{name: shards[name].to_pylist() for name in ("image_id", "uri")})
-    task = f"scores_{output.attempt:06}_{32 * 'a'}_{start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
-    summary = RowSummary.of_rows(rows, task, max_ranked=2).to_json()
-    storage.publish(f"{output.task_summaries(0)}/{task}.json", summary)
+    images = pa.concat_tables(read_shards(output.manifest))[start:stop]
+    same = {"threshold": 1.0, "is_anomalous": True, "p_value": 0.1, "bytes": 1}
+    columns = {name: [value] * len(images) for name, value in same.items()}
+    write_task(output, images, start, score=range(len(images)), **columns)
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:

@@ -31,7 +31,7 @@ from stpm.scoring.written_rows import (
     total_of_finished,
     unwritten_shards,
 )
-from tests.datasets import make_output
+from tests.datasets import make_output, write_task
 
 
 @pytest.fixture
@@ -54,17 +54,13 @@ def list_images(output: RunOutput, attempt: int = 0) -> Manifest:
     return write_manifest([rows], output.manifest, segment_rows=8, attempt=attempt)
 
 
-def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: bool = True) -> str:
+def write(output: RunOutput, segment: Segment, rows: slice, *, summarized: bool = True) -> str:
     """Leave what a task leaves that writes some rows of a segment, or is cut off before it ends; return its name."""
-    images = pa.concat_tables([read_shard(shard.uri) for shard in segment.shards]).slice(rows.start)
-    count = rows.stop - rows.start
-    made = make_output(count, **{name: images[name].to_pylist()[:count] for name in ("image_id", "uri", "category")})
-    task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(made))
-    if summarized:
-        summary = RowSummary.of_rows(made, task, 3).to_json()
-        storage.publish(f"{output.task_summaries(segment.number)}/{task}.json", summary)
-    return task
+    images = pa.concat_tables([read_shard(shard.uri) for shard in segment.shards])[rows]
+    file, summary = write_task(output, images, 10 * segment.number + rows.start, segment.number)
+    if not summarized:
+        storage.remove(summary)
+    return PurePosixPath(summary).stem
 
 
 def uris_left(output: RunOutput) -> list[list[str]]:
@@ -86,24 +82,24 @@ def names(output: RunOutput) -> list[str]:
 
 def test_rows_that_are_written_are_not_scored_again(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(1, 3), slice(4, 5)):
-        write_task(output, segments[0], rows)
-    write_task(output, segments[0], slice(6, 8), summarized=False)
+        write(output, segments[0], rows)
+    write(output, segments[0], slice(6, 8), summarized=False)
     first, second, third = (output.with_attempt(number) for number in (1, 2, 3))
     assert uris_left(first) == [["0.png", "3.png", "5.png", "6.png", "7.png"], ["8.png", "9.png"]]
-    write_task(first, segments[0], slice(5, 8))
+    write(first, segments[0], slice(5, 8))
     assert uris_left(second) == [["0.png", "3.png"], ["8.png", "9.png"]]
     for task in (slice(0, 1), slice(3, 4)):
-        write_task(second, segments[0], task)
+        write(second, segments[0], task)
     assert uris_left(third) == [[], ["8.png", "9.png"]]
 
 
 def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list[Segment]) -> None:
     first, second = segments
-    write_task(output, first, slice(0, 5))
+    write(output, first, slice(0, 5))
     assert finish_segment(output, first, 3).rows == 5
-    write_task(output, first, slice(5, 8))
+    write(output, first, slice(5, 8))
     assert finish_segment(output, first, 3).rows == 8
-    write_task(output, second, slice(0, 2))
+    write(output, second, slice(0, 2))
     summary = finish_segment(output, second, 3)
     assert storage.files(output.summaries) == [output.segment_summary(0), output.segment_summary(1)]
     storage.publish(f"{output.summaries}/000000/notes.json", b"not one of ours")
@@ -118,12 +114,12 @@ def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list
 def test_a_summary_counts_once_if_adding_up_was_cut_off(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_task(output, segments[0], slice(0, 4))
-    write_task(output, segments[0], slice(4, 7))
+    write(output, segments[0], slice(0, 4))
+    write(output, segments[0], slice(4, 7))
     with monkeypatch.context() as patch:
         patch.setattr(storage, "remove", lambda _: None)
         finish_segment(output, segments[0], 3)
-    write_task(output, segments[0], slice(7, 8))
+    write(output, segments[0], slice(7, 8))
     assert sum(summary.rows for summary in committed_summaries(output)) == 8
     assert finish_segment(output, segments[0], 3).rows == 8
 
@@ -132,8 +128,8 @@ def test_only_the_files_of_its_own_segment_are_listed(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files at each segment's end would make the end of a run quadratic."""
-    mine = [write_task(output, segments[0], slice(0, 5)), write_task(output, segments[0], slice(5, 8))]
-    write_task(output, segments[1], slice(0, 2))
+    mine = [write(output, segments[0], slice(0, 5)), write(output, segments[0], slice(5, 8))]
+    write(output, segments[1], slice(0, 2))
     for uri in output.files():
         # Ray names the tasks of each execution alike.
         other = uri.replace(32 * "a", 32 * "b")
@@ -149,11 +145,11 @@ def test_only_the_files_of_its_own_segment_are_listed(
 
 def test_rows_that_are_written_twice_or_lost_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(0, 8), slice(7, 8)):
-        write_task(output, segments[0], rows)
+        write(output, segments[0], rows)
     with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
         finish_segment(output, segments[0], 3)
     # The segment's one file.
-    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}-0.parquet")
+    storage.remove(f"{output.scores}/{write(output, segments[1], slice(0, 2))}-0.parquet")
     with pytest.raises(RunDamagedError, match=r"0 rows in the files of .*, where 2 of segment 1 were written"):
         finish_segment(output, segments[1], 3)
 
@@ -164,9 +160,9 @@ def test_rows_that_are_lost_or_left_over_are_an_error(
     output: RunOutput, segments: list[Segment], stop: int, count: int, found: int
 ) -> None:
     """A power failure keeps a summary and loses rows. That is noticed whether all rows were written, or not."""
-    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}-0.parquet"
+    file = f"{output.scores}/{write(output, segments[0], slice(0, 3))}-0.parquet"
     if stop > 3:
-        write_task(output, segments[0], slice(3, stop))
+        write(output, segments[0], slice(3, stop))
     storage.remove(file)
     if count:
         storage.publish(file, storage.encode_parquet(make_output(count)))
@@ -181,7 +177,7 @@ def test_rows_that_are_lost_or_left_over_are_an_error(
 
 @pytest.mark.parametrize("content", [b"", b'{"p_values": {"nut": {"0.5": "1"}}}'])
 def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segment], content: bytes) -> None:
-    task = write_task(output, segments[0], slice(0, 8))
+    task = write(output, segments[0], slice(0, 8))
     storage.publish(f"{output.task_summaries(0)}/{task}.json", content)
     with pytest.raises(RunDamagedError, match=rf"000000/{task}\.json is damaged or missing, and with it .*$"):
         finish_segment(output, segments[0], 3)
@@ -198,7 +194,7 @@ def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segm
 def test_an_error_names_a_shard_of_other_columns(
     output: RunOutput, segments: list[Segment], rows: pa.Table, problem: str
 ) -> None:
-    write_task(output, segments[0], slice(0, 3))
+    write(output, segments[0], slice(0, 3))
     storage.publish(segments[0].shards[0].uri, storage.encode_parquet(rows))
     with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
         uris_left(output.with_attempt(1))
@@ -214,18 +210,18 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
         return uris_left(run)[0]
 
     begin(old)
-    tasks = [write_task(old, first, slice(0, 2))]
+    tasks = [write(old, first, slice(0, 2))]
     assert len(begin(stale)) == 6
-    write_task(old, first, slice(2, 4))
-    tasks.append(write_task(stale, first, slice(2, 5)))
+    write(old, first, slice(2, 4))
+    tasks.append(write(stale, first, slice(2, 5)))
     assert begin(new) == ["5.png", "6.png", "7.png"]
-    write_task(stale, first, slice(5, 8))
+    write(stale, first, slice(5, 8))
     storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
     remove_leftovers(new, tasks)
     assert sorted(names(output)) == [*(f"{task}-0" for task in tasks), "scores_of_mine"]
-    write_task(old, first, slice(5, 6))
-    write_task(stale, first, slice(5, 8))
-    tasks.append(write_task(new, first, slice(5, 8)))
+    write(old, first, slice(5, 6))
+    write(stale, first, slice(5, 8))
+    tasks.append(write(new, first, slice(5, 8)))
     # The suspended process does what it does at its end.
     with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
         finish_segment(stale, first, 3)
@@ -246,7 +242,7 @@ def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput,
     later = output.with_attempt(1)
     assert uris_left(later)
     for segment in segments:
-        write_task(later, segment, slice(0, segment.rows))
+        write(later, segment, slice(0, segment.rows))
         finish_segment(later, segment, 3)
     suspended.write(stale)
     # What the earlier attempt removes is none of the later one's.
@@ -265,7 +261,7 @@ def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
     state.start(ScoringConfig((), 0.01))
     assert state.next_attempt() == 1
     manifest = list_images(output, attempt=1)
-    write_task(output, manifest.segments(output.manifest)[0], slice(0, 8))
+    write(output, manifest.segments(output.manifest)[0], slice(0, 8))
     later = output.with_attempt(1)
     assert take_over(later, state, manifest, 3) == {}
     remove_leftovers(later, [])
