@@ -56,6 +56,8 @@ def test_paper_split_is_80_to_20_and_depends_on_the_seed() -> None:
     images = np.arange(209)
     assert tuple(map(len, split_images(images, PAPER))) == (167, 42)
     assert (split_images(images, PAPER)[1] != split_images(images, dataclasses.replace(PAPER, seed=1))[1]).any()
+    # Batches keep the order.
+    assert [batch.tolist() for batch in split_batches(np.array([5, 1, 4, 2, 3]), 2)] == [[5, 1], [4, 2], [3]]
 
 
 @given(IMAGES | GROUPS, st.integers(2, 20), st.integers(0, 1000))
@@ -70,11 +72,6 @@ def test_folds_are_a_partition_into_whole_groups(groups: np.ndarray, wanted: int
         assert max(lengths) <= min(lengths) + 1
 
 
-def test_batches_keep_the_order() -> None:
-    batches = split_batches(np.array([5, 1, 4, 2, 3]), 2)
-    assert [batch.tolist() for batch in batches] == [[5, 1], [4, 2], [3]]
-
-
 LOTS = Recipe(group_from="{group}_{name}")
 NAMES = ["s3://bucket/lot-1_0.png", "/data/lot-2_1.png", "lot-1_2.png", "lot-3_3.png"]
 
@@ -85,14 +82,11 @@ def pixels(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(60, 190, (6, 40, 56, 3), dtype=np.uint8)
 
 
-def test_groups_are_named_by_the_path(pixels: np.ndarray) -> None:
-    assert group_images(NAMES, pixels[:4], LOTS).tolist() == [0, 1, 0, 2]
-    assert group_images(NAMES, pixels[:4], PRESETS["paper"]).tolist() == [0, 1, 2, 3]
-
-
-def test_near_duplicates_are_of_one_group_and_join_the_groups_of_their_names(
+def test_groups_are_named_by_the_path_and_joined_by_near_duplicates(
     pixels: np.ndarray, rng: np.random.Generator
 ) -> None:
+    assert group_images(NAMES, pixels[:4], LOTS).tolist() == [0, 1, 0, 2]
+    assert group_images(NAMES, pixels[:4], PRESETS["paper"]).tolist() == [0, 1, 2, 3]
     pixels[3] = np.clip(pixels[1].astype(int) + rng.integers(-2, 3, pixels[1].shape), 0, 255)
     pairs = near_duplicates(pixels)
     assert {(i, j) for i, j in pairs.tolist() if i < j} == {(1, 3)}

@@ -82,12 +82,10 @@ def test_images_that_are_all_alike_have_finite_distances(odd: int) -> None:
     assert bool(distances.any()) == bool(odd)
 
 
-def test_a_score_is_the_mean_of_the_largest_quarter() -> None:
+def test_a_score_is_the_mean_of_the_largest_quarter_and_few_lie_far() -> None:
     assert score_images(torch.tensor([[1.0, 9, 2, 5, 3, 4, 7, 8], [0, 0, 0, 0, 0, 0, 0, 4]])).tolist() == [8.5, 2.0]
     assert score_images(torch.tensor([[3.0, 1], [2, 5]])).tolist() == [3.0, 5.0]
-
-
-def test_no_image_of_an_even_spread_lies_far() -> None:
+    # None of an even spread lies far.
     spread = torch.linspace(1, 2, 40)
     assert not lies_far(spread).any()
     assert not lies_far(torch.ones(40)).any()

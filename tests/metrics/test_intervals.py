@@ -44,9 +44,7 @@ def test_the_interval_holds_the_true_auroc_at_its_confidence() -> None:
         held += low <= 0.7602 <= high
     # At 95 %, fewer than 87 of 100 have a chance of one in a thousand.
     assert held >= 87
-
-
-def test_the_interval_of_separated_classes_has_no_width() -> None:
+    # That of separated classes has no width.
     assert bootstrap_intervals(np.array([False, True, True]), np.array([0, 1, 2], np.float32))["auroc"] == (1.0, 1.0)
 
 

@@ -57,7 +57,7 @@ def list_images(output: RunOutput, attempt: int = 0) -> Manifest:
 def write(output: RunOutput, segment: Segment, rows: slice, *, summarized: bool = True) -> str:
     """Leave what a task leaves that writes some rows of a segment, or is cut off before it ends; return its name."""
     images = pa.concat_tables([read_shard(shard.uri) for shard in segment.shards])[rows]
-    file, summary = write_task(output, images, 10 * segment.number + rows.start, segment.number)
+    summary = write_task(output, images, 10 * segment.number + rows.start, segment.number)
     if not summarized:
         storage.remove(summary)
     return PurePosixPath(summary).stem
