@@ -82,8 +82,10 @@ def test_a_model_that_storage_does_not_give_is_not_replaced(
     assert ModelStore(store).versions("nut") == before
 
 
-@pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet", "fit.html"])
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize(
+    ("file", "cut"),
+    [("student.safetensors", True), ("memory.safetensors", False), ("calibration.parquet", True), ("fit.html", False)],
+)
 def test_damaged_model_is_reported_and_fitted_again(
     tmp_path: Path, fitted_keys: list[str], file: str, cut: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
