@@ -49,9 +49,7 @@ def test_a_command_line_becomes_dataclasses() -> None:
     assert COMMANDS["score"].parse(words)[0].images == ("a", "s3://b/c")
 
 
-def test_the_command_line_wins_over_the_environment_and_the_preset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_line_wins_over_environment_and_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("preset: notebook\nepochs: 7\nbatch_size: 9\nlevels: [1, 2]\nteacher_weights: from-file\n")
     assert parse_recipe("--config", str(file)).learning_rate == 4e-4
@@ -159,9 +157,7 @@ def test_two_files_with_options_of_single_categories_are_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILE_ERRORS, ids=range(len(FILE_ERRORS)))
-def test_an_error_in_a_file_names_its_line_and_shows_no_secret(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_an_error_in_a_file_names_its_line_alone(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -373,9 +369,7 @@ def test_bash_completes_commands_and_options(
     assert run_main(["--complete", "stpm", word, previous], capsys, monkeypatch)[1].split() == expected
 
 
-def test_each_script_is_the_command_of_its_name(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_script_is_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = sorted((REPOSITORY / "jobs").iterdir())
     assert [script.name for script in scripts if script.is_file()] == [f"{name}.py" for name in sorted(COMMANDS)]
     for name in COMMANDS:

@@ -229,9 +229,7 @@ _FOLDERS = count()
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(found={"/".join(parts) for parts in product("xyz", repeat=4)})
 @given(found=st.sets(_NAMES, min_size=5, max_size=30))
-def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(
-    requests_of_s3: list[dict[str, str]], found: set[str]
-) -> None:
+def test_parts_of_a_prefix_have_each_key_once_in_order(requests_of_s3: list[dict[str, str]], found: set[str]) -> None:
     folder = f"parts-{next(_FOLDERS)}"
     keys = {f"{name}.png" for name in found}
     put(folder, keys | {"", "a/"})
@@ -294,7 +292,7 @@ def test_files_that_may_still_be_being_written_are_left_out(
         assert list(storage.iter_files(f"{folder}/young.png", storage.Settle(60))) == []
 
 
-def test_a_file_that_is_renamed_while_its_folder_is_listed_does_not_hide_the_others(
+def test_a_file_that_is_renamed_meanwhile_does_not_hide_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.publish(f"{tmp_path}/old.png", b"x")

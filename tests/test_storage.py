@@ -56,9 +56,7 @@ def test_an_object_is_published_replaced_read_and_removed(root: str) -> None:
     assert not storage.exists(f"{root}/line3/b.bin")
 
 
-def test_publish_syncs_the_bytes_before_the_name_and_then_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_publish_syncs_the_bytes_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, str]] = []
     sync, replace = os.fsync, Path.replace
 
@@ -101,9 +99,7 @@ def test_unfinished_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deeper", "kept", "kept.part"]
 
 
-def test_a_disk_is_asked_before_a_file_is_read_and_its_failure_is_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_is_asked_first_and_its_failure_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(100 * 2**30)
     os.mkfifo(tmp_path / "pipe")

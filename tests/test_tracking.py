@@ -44,9 +44,7 @@ def page(uri: str, run: Any, name: str) -> str:
 
 
 @pytest.mark.usefixtures("fitted_keys")
-def test_each_model_is_a_run_with_recipe_losses_and_page_and_is_logged_once(
-    tmp_path: Path, any_model: Recipe, uri: str
-) -> None:
+def test_each_model_is_one_run_with_recipe_losses_and_page(tmp_path: Path, any_model: Recipe, uri: str) -> None:
     fits = fit(categories(tmp_path, **{"nut": 8, "bolt (new)": 8}), any_model, tmp_path / "models")
     for _ in range(2):
         Tracker(uri, f"{tmp_path}/data/").log_fits([*fits, FitResult(fits[0].task, reason="failed")])
@@ -69,7 +67,7 @@ def test_each_model_is_a_run_with_recipe_losses_and_page_and_is_logged_once(
         assert page(uri, run, "fit.html").encode() == store.read_file(record, "fit.html")
 
 
-def test_a_report_is_a_run_with_the_metrics_of_each_category_and_of_all(
+def test_a_report_is_a_run_with_each_categorys_metrics(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stpm.tracking._MAX_METRICS", 7)
@@ -153,9 +151,7 @@ def test_a_uri_with_a_password_and_tracking_without_a_fit_are_refused() -> None:
         FitOptions("data", "models", add_good="marks.jsonl", track="http://mlflow")
 
 
-def test_an_exception_of_an_artifact_stores_library_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_exception_of_an_artifact_library_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker("", "x")
     with tracker._warnings("models"):
         raise RuntimeError("NoCredentialsError: cannot find credentials")

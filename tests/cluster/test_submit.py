@@ -134,9 +134,7 @@ def test_without_the_token_nothing_is_submitted(cluster: dict[str, str]) -> None
     assert "succeeded" not in process.stdout + process.stderr
 
 
-def test_a_submitted_benchmark_writes_to_s3_and_a_fit_reuses_its_models(
-    cluster: dict[str, str], s3: dict[str, str]
-) -> None:
+def test_a_submitted_benchmark_writes_to_s3_for_a_fit_to_reuse(cluster: dict[str, str], s3: dict[str, str]) -> None:
     make_category(DATA, "nut")
     make_category(DATA, "grey", grey=True, kind="JPEG")
     recipe = ["--data", DATA, "--epochs", "2", "--checkpoint-seconds", "0", *TINY_RECIPE]
@@ -170,9 +168,7 @@ def test_a_submitted_benchmark_writes_to_s3_and_a_fit_reuses_its_models(
     assert "nowhere: no such folder" in failed.stdout + failed.stderr
 
 
-def test_a_stopped_job_is_continued_by_the_next_one_which_exports_what_the_dashboard_draws(
-    cluster: dict[str, str], metrics: str
-) -> None:
+def test_a_stopped_job_is_continued_and_exports_what_the_dashboard_draws(cluster: dict[str, str], metrics: str) -> None:
     """Uses the model of the test before."""
     make_images("s3://bucket/images", IMAGES, broken=range(0, IMAGES, 100))
     out = "s3://bucket/stopped"

@@ -80,7 +80,7 @@ def test_the_outline_of_a_mask_is_wider_in_a_large_picture() -> None:
         np.testing.assert_array_equal(colours, (mask & ~inner)[..., None] * np.uint8([0, 255, 255, 255]))
 
 
-def test_the_heatmap_of_a_row_is_scaled_to_its_image(
+def test_a_rows_heatmap_has_its_size(
     rng: np.random.Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)

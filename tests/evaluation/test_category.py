@@ -39,7 +39,7 @@ def resized(values: np.ndarray, shape: tuple[int, int], resampling: Image.Resamp
     return np.asarray(Image.fromarray(values).resize(shape[::-1], resampling)).ravel()
 
 
-def test_image_metrics_agree_with_sklearn_and_each_defect_type_is_measured_against_all_good_images(
+def test_image_metrics_agree_with_sklearn_also_of_a_defect_type_and_all_good_images(
     tmp_path: Path,
 ) -> None:
     category = scored_run(tmp_path, types=("scratch", "dent"))
@@ -98,7 +98,7 @@ def test_the_pixels_that_the_model_sees_are_compared_at_either_size(
     ("options", "reason"),
     [({"masks": False}, "no masks"), ({"maps": False}, "no anomaly maps; score with --raw-maps")],
 )
-def test_without_masks_or_maps_pixel_metrics_are_undefined_without_a_failure(
+def test_without_masks_or_maps_pixel_metrics_are_undefined(
     tmp_path: Path, options: dict[str, bool], reason: str
 ) -> None:
     metrics = measured(scored_run(tmp_path, **options))  # type: ignore[arg-type]
@@ -115,9 +115,7 @@ def test_without_masks_or_maps_pixel_metrics_are_undefined_without_a_failure(
         (encode_image(np.zeros((10, 20), np.uint8)), "is 20×10, its image .*square/002.png 40×48"),
     ],
 )
-def test_an_unreadable_mask_is_a_problem_and_image_metrics_remain(
-    tmp_path: Path, content: bytes | None, problem: str
-) -> None:
+def test_an_unreadable_mask_is_a_problem_of_pixel_metrics(tmp_path: Path, content: bytes | None, problem: str) -> None:
     category = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.unlink() if content is None else mask.write_bytes(content)
@@ -179,9 +177,7 @@ def test_a_file_without_a_column_of_maps_is_damaged(tmp_path: Path) -> None:
         *((name, None, f"the row of .* has neither an error nor a {name}") for name in ("width", "score", "threshold")),
     ],
 )
-def test_a_wrong_value_of_a_scored_row_names_the_folder(
-    tmp_path: Path, column: str, value: object, problem: str
-) -> None:
+def test_a_wrong_value_of_a_row_names_the_folder(tmp_path: Path, column: str, value: object, problem: str) -> None:
     category = scored_run(tmp_path)
     rows = pq.read_table(Path(category.output.scores) / "seed-0_0.parquet")
     write_rows(category.output, with_column(rows, column, [*rows[column].to_pylist()[:-1], value]))

@@ -124,7 +124,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [output.folder, other.folder]
 
 
-def test_two_runs_are_compared_on_a_page(
+def test_two_runs_share_a_page(
     folders: list[str], tmp_path: Path, browser: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     page = tmp_path / "compare.html"
@@ -150,7 +150,7 @@ def test_two_runs_are_compared_on_a_page(
     tab.close()
 
 
-def test_a_long_list_shows_its_first_images(
+def test_a_long_list_shows_the_first_images(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gallery, "_MAX_TILES", 1)

@@ -121,9 +121,7 @@ def test_a_scored_run_is_rendered_with_the_scores_of_its_views(tmp_path: Path, v
     assert f"score {score:.3g}{shown}, threshold 1, anomalous" in text
 
 
-def test_in_a_browser_no_markup_runs_nothing_overflows_and_the_table_sorts_by_mouse_and_by_keyboard(
-    browser: Any, tmp_path: Path
-) -> None:
+def test_in_a_browser_no_markup_runs_and_the_table_sorts_by_mouse_and_keyboard(browser: Any, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(evil_page())
     check_page(browser, page.as_uri())

@@ -72,7 +72,7 @@ def test_memory_holds_no_padding(images: TrainingImages, features_of: FeaturesOf
     assert same_banks(before, build_memory(features, np.arange(9), recipe))
 
 
-def test_a_memory_of_brighter_and_darker_images_knows_an_aged_lamp(
+def test_a_memory_of_brighter_and_darker_ones_knows_an_aged_lamp(
     images: TrainingImages, features_of: FeaturesOf
 ) -> None:
     recipe = dataclasses.replace(WHOLE, brightness=0.2)
@@ -101,9 +101,7 @@ def test_padding_is_as_bright_as_ever(
         np.testing.assert_allclose(after[inside], before[inside] * 0.5, atol=0.5)
 
 
-def test_memory_candidates_are_spread_evenly_over_images(
-    features_of: FeaturesOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidates_are_spread_evenly_over_images(features_of: FeaturesOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stpm.fitting.build_memory._MAX_CANDIDATES", 180)
     sizes = [len(bank.vectors) for bank in build_memory(features_of(WHOLE), np.arange(9), WHOLE)]
     # The levels have 8 × 8 and 4 × 4 positions: 20 of each image, or all.

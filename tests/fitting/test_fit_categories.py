@@ -108,9 +108,7 @@ def test_damaged_model_is_reported_and_fitted_again(
     assert len(fitted_keys) == 3
 
 
-def test_a_fit_that_is_started_again_reads_no_file_of_its_models_but_the_record(
-    tmp_path: Path, fitted_keys: list[str], tiny: Recipe
-) -> None:
+def test_a_fit_that_is_started_again_reads_records_alone(tmp_path: Path, fitted_keys: list[str], tiny: Recipe) -> None:
     store, names = tmp_path / "models", [f"nut{number}" for number in range(5)]
     data = categories(tmp_path, **dict.fromkeys(names, 8))
 

@@ -49,7 +49,7 @@ def names_of(warnings: list[FitWarning]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["student", "memory", "two views"])
-def test_alike_defects_among_good_images_are_named_and_shown_and_left_out_by_the_saved_list(
+def test_alike_defects_are_named_and_shown_and_left_out_by_the_saved_list(
     tmp_path: Path, kind: str, browser: Any
 ) -> None:
     task, reported = with_defects(tmp_path, MODELS[kind]), []

@@ -33,9 +33,7 @@ def test_a_large_group_is_held_out_where_a_single_image_is_too_few(seed: int) ->
 
 
 @given(IMAGES | GROUPS, st.floats(0.01, 0.99), st.integers(0, 1000))
-def test_split_is_a_partition_of_whole_groups_without_empty_sides(
-    groups: np.ndarray, fraction: float, seed: int
-) -> None:
+def test_split_is_a_partition_of_whole_groups_into_two_sides(groups: np.ndarray, fraction: float, seed: int) -> None:
     recipe = dataclasses.replace(PAPER, held_out_fraction=fraction, seed=seed)
     count = len(groups)
     try:
@@ -82,9 +80,7 @@ def pixels(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(60, 190, (6, 40, 56, 3), dtype=np.uint8)
 
 
-def test_groups_are_named_by_the_path_and_joined_by_near_duplicates(
-    pixels: np.ndarray, rng: np.random.Generator
-) -> None:
+def test_groups_are_named_by_the_path_and_by_near_duplicates(pixels: np.ndarray, rng: np.random.Generator) -> None:
     assert group_images(NAMES, pixels[:4], LOTS).tolist() == [0, 1, 0, 2]
     assert group_images(NAMES, pixels[:4], PRESETS["paper"]).tolist() == [0, 1, 2, 3]
     pixels[3] = np.clip(pixels[1].astype(int) + rng.integers(-2, 3, pixels[1].shape), 0, 255)

@@ -87,9 +87,7 @@ def test_normalisation_follows_the_recipe(tiny: Recipe) -> None:
     assert preprocessing_for(dataclasses.replace(tiny, teacher="demo"), []).interpolation == "bicubic"
 
 
-def test_auto_size_reads_few_headers_and_ignores_broken_ones(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_size_reads_a_few_sound_headers(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     uris = make_images(tmp_path, 100, shape=(64, 96))
     Path(uris[0]).write_bytes(b"")
     calls = record_calls(monkeypatch, storage, "read_at_most")

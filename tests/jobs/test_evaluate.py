@@ -61,9 +61,7 @@ def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:
         evaluate(run=output.folder)
 
 
-def test_each_run_of_a_benchmark_that_moved_has_its_own_models(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_run_that_moved_has_its_own_models(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {}
     for seed in (0, 1):
         name = f"seed-{seed}"

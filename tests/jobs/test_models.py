@@ -40,7 +40,7 @@ def run(store: ModelStore, *categories: str, **options: Any) -> int:
     return run_models(ModelsOptions(store.uri, categories, **options))  # type: ignore[arg-type]
 
 
-def test_models_are_listed_with_their_place_and_without_a_lease(
+def test_models_are_listed_without_a_lease(
     models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with hold_lease(models.uri, False):
@@ -92,9 +92,7 @@ def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_bac
     assert not storage.exists(f"{models.uri}/nowhere")
 
 
-def test_a_damaged_model_does_not_become_current(
-    models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_damaged_model_becomes_current(models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture) -> None:
     storage.publish(f"{models.uri}/nut/{ids[1]}/student.safetensors", b"x")
     assert run(models, "nut", roll_back=True) == 3
     assert "its SHA-256 is" in caplog.text

@@ -126,9 +126,7 @@ def test_a_new_model_scores_what_is_new_and_leaves_the_rows_that_are_there(job: 
     assert record(job).runs == ("001",)
 
 
-def test_unreadable_images_are_tried_again_and_hold_up_no_late_files(
-    job: Nightly, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_images_are_tried_again_and_hold_up_none(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
     job.dump(BEFORE, "a", "b", "denied")
     job.unreadable = {f"{job.root}/dump/{BEFORE}/nut/denied.png"}
     assert job(BEFORE) == 2

@@ -72,7 +72,7 @@ def student(tmp_path: Path, fitted_keys: list[str]) -> Plant:
     return plant
 
 
-def test_added_images_calibrate_as_scoring_scores_them(
+def test_added_images_calibrate_as_scored(
     plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
@@ -188,9 +188,7 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     assert len(student.store.versions("nut").previous) == 1
 
 
-def test_a_decided_threshold_stays_and_a_new_model_begins_without_it(
-    student: Plant, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_decided_threshold_stays_but_not_in_a_new_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
     assert run_models(ModelsOptions(student.store.uri, threshold=Names(["nut=0.125"]), by="ann")) == 0
     decided = student.store.record("nut")
     assert student.add(student.good(0, 1)) == 0

@@ -93,9 +93,7 @@ def test_a_trend_has_a_point_per_night_by_its_date_and_larger_rates_are_higher_u
     assert np.argsort(heights).tolist() == np.argsort(alarms).tolist()
 
 
-def test_in_a_browser_no_markup_from_data_runs_nothing_overflows_and_the_search_finds_a_category(
-    browser: Any, tmp_path: Path
-) -> None:
+def test_in_a_browser_no_markup_from_data_runs_and_the_search_finds_a_category(browser: Any, tmp_path: Path) -> None:
     evil, many = tmp_path / "evil.html", tmp_path / "many.html"
     evil.write_text(evil_page())
     many.write_text(page(make_nights(MANY, 30, act=3, watch=12), "s3://plant/nights", CREATED))

@@ -271,9 +271,7 @@ def test_a_night_that_could_not_show_that_half_of_it_are_alarms_cannot_tell(
         (2 / 3, "; the threshold does not promise the expected 67 %: 2 good images calibrate it, and 100 are needed"),
     ],
 )
-def test_at_a_threshold_that_a_person_decided_too_low_a_night_cannot_tell(
-    rng: np.random.Generator, rate: float, needs: str
-) -> None:
+def test_at_a_threshold_decided_too_low_a_night_cannot_tell(rng: np.random.Generator, rate: float, needs: str) -> None:
     line = Line(rng, 2)
     night = replace(
         line.night(images=50), alarms=50 if rate == 1 else 30, false_alarm_rate=rate, decision="1, decided by ann"

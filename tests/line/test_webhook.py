@@ -73,9 +73,7 @@ def test_the_message_arrives_once_signed_and_with_the_users_credentials(server: 
     assert headers.get(SIGNATURE) == (expected if key else None)
 
 
-def test_a_url_without_a_user_sends_no_credentials_of_netrc(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_credentials_of_netrc_are_sent(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text("default login anybody password SECRET\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     post(f"http://127.0.0.1:{server.server_port}/hooks", BODY, "")

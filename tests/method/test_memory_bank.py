@@ -96,9 +96,7 @@ def test_descriptors_are_eight_pixels_apart_or_more(pixels: int, stride: int, ro
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2, 4, 8]))
-def test_window_size_is_the_smallest_of_the_strides_parity(
-    rows: int, columns: int, across: int, down: int, stride: int
-) -> None:
+def test_window_is_the_smallest_of_the_parity(rows: int, columns: int, across: int, down: int, stride: int) -> None:
     window = window_size((rows * down, columns * across), (rows, columns), stride)
     assert (window - stride) % 2 == 0
     least = max(across, down, 3 * stride - 2)

@@ -36,9 +36,7 @@ def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
         ("maxvit_tiny_rw_224", (1, 2), (False, 32, True)),
     ],
 )
-def test_levels_are_described_without_weights(
-    teacher: str, levels: tuple[int, ...], known: tuple[bool, int, bool]
-) -> None:
+def test_levels_are_told_without_weights(teacher: str, levels: tuple[int, ...], known: tuple[bool, int, bool]) -> None:
     assert describe_levels(teacher, levels)[1:] == known
 
 

@@ -87,9 +87,7 @@ def contents(store: ModelStore, model_id: str = "") -> dict[str, bytes]:
     return {uri: storage.read(uri) for uri in storage.files(store.folder("nut")) if model_id in uri}
 
 
-def test_a_model_is_loaded_as_it_was_saved_without_the_network(
-    root: str, any_model: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_loaded_without_the_network(root: str, any_model: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     store, recipe = ModelStore(root), dataclasses.replace(any_model, teacher="test_resnet.r160_in1k")
     record = save(store, recipe)
     for name in ("socket", "create_connection", "getaddrinfo"):
@@ -225,7 +223,7 @@ def test_missing_models_are_not_looked_for_among_all_others(memory: str, monkeyp
         ("files", {"student.safetensors": "0"}, "files.student.safetensors is '0', not of type StoredFile"),
     ],
 )
-def test_record_of_wrong_fields_or_types_is_refused(
+def test_another_kind_of_record_is_refused(
     store: ModelStore, tiny: Recipe, name: str, value: object, message: str
 ) -> None:
     save(store, tiny)

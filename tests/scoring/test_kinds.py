@@ -19,9 +19,7 @@ def blobs(sizes: list[int], seed: int = 0, noise: float = 0.05) -> tuple[np.ndar
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 1000), st.sampled_from([0.05, 1.0, 30.0]))
-def test_any_alarms_in_any_order_have_the_same_kinds_by_size_none_with_unlike_ones(
-    sizes: list[int], seed: int, noise: float
-) -> None:
+def test_any_alarms_in_any_order_have_the_same_kinds_of_like_ones(sizes: list[int], seed: int, noise: float) -> None:
     vectors, _ = blobs(sizes, seed, noise) if sizes else (np.zeros((0, 64), np.float32), None)
     names = [f"{i:03}.png" for i in range(len(vectors))]
     kinds = find_kinds(vectors, names)

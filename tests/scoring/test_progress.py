@@ -17,7 +17,7 @@ from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 
 
-def test_progress_is_a_line_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
+def test_progress_is_a_line_at_each_update_or_every_five_seconds_in_a_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     shown: list[str] = []

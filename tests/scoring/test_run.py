@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from stpm.errors import (
     OtherRunError,
     RunDamagedError,
     RunInterruptedError,
+    StpmError,
 )
 from stpm.jobs.models import run_models
 from stpm.jobs.score import run_score
@@ -32,7 +34,9 @@ from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import resume as resume_module
 from stpm.scoring import run as run_module
+from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Shard
+from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
@@ -47,6 +51,8 @@ from tests.models.test_store import save
 from tests.scoring.inputs.helpers import list_rows
 from tests.scoring.inputs.test_manifest import read_shards
 
+# Scores by options, and returns when each file of the run folder was written.
+Score = Callable[..., dict[str, int]]
 # How the errors of a run that must start over end.
 OR_FRESH = ", or --fresh, which removes the rows and starts over"
 
@@ -114,6 +120,24 @@ def test_clearing_that_is_cut_off_leaves_no_run_to_resume(
     assert not new.output.files()
 
 
+def test_starting_over_with_nothing_to_score_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "/a.png", "/b.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(resume_module, "read_models", lambda *_: {})
+        finish(run)
+    before = run.output.written_uris()
+    unmounted = [str(tmp_path / "unmounted")]
+    partly = dataclasses.replace(
+        run, rows=lambda: chain([list_rows(["/a.png"])], image_rows(unmounted, CategoryRule("nut")))
+    )
+    # The store has no model.
+    for mistaken, message in ((partly, "unmounted: no images here"), (run, "no model for category 'nut'")):
+        with pytest.raises(StpmError, match=message):
+            resume_or_start(mistaken, start_over=True, replace=False)
+        assert run.output.written_uris() == before
+        assert RunState(run.output.state_folder).is_finished()
+
+
 def publish_rows(output: RunOutput, start: int, stop: int) -> None:
     """Write rows with a score as a task does, in one file."""
     images = pa.concat_tables(read_shards(output.manifest))[start:stop]
@@ -132,7 +156,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., Non
 
 
 @pytest.fixture
-def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, int]]:
+def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Score:
     """A score job of two images without Ray, by its options; returns when each file of the run folder was written."""
     save(ModelStore(str(tmp_path / "models")), tiny)
     make_category(str(tmp_path), "nut", good=2)
@@ -153,7 +177,7 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Call
 
 
 def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
-    score: Callable[..., dict[str, int]], monkeypatch: pytest.MonkeyPatch
+    score: Score, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = score(top=2)
     shards = {"000000-000000.parquet", "manifest.json"}
@@ -166,16 +190,14 @@ def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
     assert {name for name in first if shorter[name] != first[name]} == {"triage.html", "run.json"}
 
 
-def test_a_finished_run_whose_summaries_are_missing_starts_over(score: Callable[..., object], tmp_path: Path) -> None:
+def test_a_finished_run_whose_summaries_are_missing_starts_over(score: Score, tmp_path: Path) -> None:
     score()
     storage.remove(f"{tmp_path}/run/summaries/000000/000000.json")
     with pytest.raises(DataError, match=rf"/summaries are of 0 rows, .*; restore the files, or give .*{OR_FRESH}$"):
         score()
 
 
-def test_a_run_with_other_models_is_refused_or_started_over(
-    score: Callable[..., dict[str, int]], tmp_path: Path, tiny: Recipe
-) -> None:
+def test_a_run_with_other_models_is_refused_or_started_over(score: Score, tmp_path: Path, tiny: Recipe) -> None:
     before = score()
     bound = RunState(str(tmp_path / "run")).store_and_model_ids()
     save(ModelStore(str(tmp_path / "models")), dataclasses.replace(tiny, seed=7))
@@ -249,7 +271,7 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
 
 
 def test_unfinished_heatmaps_of_killed_processes_are_removed(
-    score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heatmaps = tmp_path / "run" / "heatmaps" / "scores" / "nut"
 
@@ -265,7 +287,7 @@ def test_unfinished_heatmaps_of_killed_processes_are_removed(
 
 
 def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
-    score: Callable[..., dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 0, 1), "/b.png")
     with pytest.raises(AssertionError, match="2 == 0"):
@@ -296,7 +318,7 @@ def test_a_run_without_all_rows_is_unfinished_and_the_next_one_keeps_them(
     ],
 )
 def test_after_a_pipeline_failed_at_a_damaged_list_of_images_the_run_must_start_over(
-    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, damage: bytes | OSError | None, message: str
+    score: Score, monkeypatch: pytest.MonkeyPatch, damage: bytes | OSError | None, message: str
 ) -> None:
     """The same command, which goes on after a cut-off, would fail again."""
 
@@ -333,7 +355,7 @@ def internal_error() -> Exception:
     ],
 )
 def test_a_failure_of_ray_cuts_the_run_off(
-    score: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+    score: Score, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=failure))
     cut_off = rf"^scoring was interrupted: {reason}; finished work is kept; run the same "

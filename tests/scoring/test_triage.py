@@ -182,9 +182,7 @@ def test_marks_are_saved_as_a_table_that_feedback_reads(browser: Any, tmp_path: 
     tab.close()
 
 
-def test_by_keys_a_person_goes_through_large_pictures_and_marks_them(
-    output: RunOutput, browser: Any, tmp_path: Path
-) -> None:
+def test_by_keys_a_person_goes_through_large_pictures(output: RunOutput, browser: Any, tmp_path: Path) -> None:
     write_page(output, 50)
     check_page(browser, (tmp_path / "triage.html").as_uri())
     write_page(output, 4)
@@ -317,7 +315,7 @@ def test_one_key_marks_a_kind_and_the_alarms_of_it_that_are_behind_a_click(brows
 
 
 @pytest.mark.parametrize(("sizes", "shown"), [([], 0), ([1], 1), ([2600, 2399, 1], 9)])
-def test_a_page_of_any_number_of_alarms_shows_a_few_of_each_kind(
+def test_a_page_of_any_size_shows_a_few_of_each_kind(
     browser: Any, tmp_path: Path, sizes: list[int], shown: int
 ) -> None:
     page = write_alarms(tmp_path, sizes).as_uri()

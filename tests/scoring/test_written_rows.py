@@ -191,9 +191,7 @@ def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segm
         (pa.table({"image_id": pa.array([None], pa.int64())}), "has a row without image_id"),
     ],
 )
-def test_an_error_names_a_shard_of_other_columns(
-    output: RunOutput, segments: list[Segment], rows: pa.Table, problem: str
-) -> None:
+def test_an_error_names_another_shard(output: RunOutput, segments: list[Segment], rows: pa.Table, problem: str) -> None:
     write(output, segments[0], slice(0, 3))
     storage.publish(segments[0].shards[0].uri, storage.encode_parquet(rows))
     with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
@@ -251,9 +249,7 @@ def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput,
     assert len(later.files()) == 2
 
 
-def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
-    output: RunOutput, segments: list[Segment]
-) -> None:
+def test_a_run_that_starts_over_takes_no_rows_of_earlier_tasks(output: RunOutput, segments: list[Segment]) -> None:
     """Also if the same process starts it over, under the same lease."""
     output.clear()
     assert not output.state.record.config

@@ -90,9 +90,7 @@ def parquet(**columns: Any) -> bytes:
         ("gone.parquet", None, "this table cannot be read"),
     ],
 )
-def test_an_error_names_a_table_that_cannot_be_read(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_an_error_names_an_unreadable_table(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: {message}"):

@@ -64,9 +64,7 @@ def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
     assert out["error_kind"].to_pylist() == ["decode_timeout" if i in (0, 5) else "" for i in range(12)]
 
 
-def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_decoded_one_at_a_time_with_no_limit_to_the_wait(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more of them are fetched at the same time than `fetchers`."""
     fetching = threading.BoundedSemaphore(3)
     read_small = image_files.read_small
@@ -133,9 +131,7 @@ def test_a_crash_of_the_child_is_an_error_of_the_image(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("ended", [-signal.SIGKILL, -signal.SIGTERM, 1, BlockingIOError("no more processes")])
-def test_what_comes_from_outside_is_no_error_of_the_image(
-    monkeypatch: pytest.MonkeyPatch, ended: int | OSError
-) -> None:
+def test_what_comes_from_outside_is_no_images_error(monkeypatch: pytest.MonkeyPatch, ended: int | OSError) -> None:
     outcome = Mock(returncode=ended) if isinstance(ended, int) else ended
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=[outcome]))
     check_in_child(IMAGE, make_preprocessing(64), seconds=60)

@@ -22,9 +22,7 @@ def make_cache(run: Path, max_bytes: int = 1) -> DetectorCache:
     return DetectorCache(store, current_models(store), torch.device("cpu"), arithmetic, max_bytes)
 
 
-def test_detector_cache_keeps_the_models_used_last_within_its_budget(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detector_cache_keeps_models_used_last_within_its_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = record_calls(monkeypatch, ModelStore, "load")
     total = sum(make_cache(run).detector(name).nbytes for name in CATEGORIES)
     total += make_cache(run).teacher("nut").nbytes

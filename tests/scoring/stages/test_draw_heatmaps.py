@@ -18,9 +18,7 @@ from tests.scoring.inputs.helpers import rows as list_rows
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, score, scorer, write_heatmaps
 
 
-def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale_to_files_or_parquet(
-    run: Path, tmp_path: Path
-) -> None:
+def test_heatmaps_are_named_by_id_and_drawn_on_the_models_scale_to_files_or_parquet(run: Path, tmp_path: Path) -> None:
     rows = score(run, manifest(run))
     out = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
     inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
@@ -87,9 +85,7 @@ def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmap
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == expected
 
 
-def test_pictures_that_a_run_drew_among_its_images_are_not_scored(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_that_a_run_drew_are_not_scored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = score(run, manifest(run))
     images, link = tmp_path / "images", tmp_path / "link"
     for name in ("a.png", "ab/b.jpg", "heatmaps/scores/nut/c.png", "heatmaps/ab/0123456789abcdef.png"):

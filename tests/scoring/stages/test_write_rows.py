@@ -45,9 +45,7 @@ def write(
     writer.write(blocks, SimpleNamespace(kwargs={"write_uuid": 32 * "a"}, task_idx=task))
 
 
-def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_tasks_report_equals_a_scan_and_ranks_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, options = RunOutput.single(str(tmp_path)), OutputOptions()
     state = RunState(output.state_folder)
     state.start(ScoringConfig((), 0.01))
@@ -74,9 +72,7 @@ def test_what_tasks_report_equals_a_scan_and_finds_the_most_anomalous_rows(
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_of_a_task_that_ray_repeats_one_try_counts(
-    tmp_path: Path, ended: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_task_that_ray_repeats_a_try_counts(tmp_path: Path, ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first, with fewer rows, is suspended until the second or the segment has ended; a third does nothing."""
     output, options = RunOutput.single(str(tmp_path)), OutputOptions()
     segment = Segment(0, (Shard("", 10),))
@@ -99,9 +95,7 @@ def test_of_a_task_that_ray_repeats_one_try_counts(
     assert open_rows(output).count_rows() == summary.rows
 
 
-def test_a_task_whose_run_lost_its_lease_meanwhile_leaves_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_whose_run_lost_its_lease_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, options = str(tmp_path), OutputOptions()
     with hold_lease(folder, False) as fence:
         output = RunOutput.single(folder, fence)
