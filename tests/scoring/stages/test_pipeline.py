@@ -18,7 +18,6 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Resize
-from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -28,7 +27,7 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
-from tests.conftest import record_calls
+from tests.conftest import MODELS, record_calls
 from tests.datasets import encode_image, make_category, with_column
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
 from tests.test_storage import Flaky
@@ -177,13 +176,16 @@ def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, 
         assert ".tar#grey/" in ours["uri"]
 
 
-@pytest.mark.parametrize(("resize", "shape"), [("fit", (19, 48)), ("crop", (64, 48)), ("stretch", (64, 48))])
+@pytest.mark.parametrize(
+    ("kind", "resize", "shape"),
+    [*((kind, "fit", (19, 48)) for kind in MODELS), *(("two views", name, (64, 48)) for name in ("crop", "stretch"))],
+)
 def test_images_of_other_proportions_are_scored_without_padding(
-    tmp_path: Path, any_model: Recipe, resize: Resize, shape: tuple[int, int]
+    tmp_path: Path, kind: str, resize: Resize, shape: tuple[int, int]
 ) -> None:
     """Images of 80 × 32 in an input of 64 × 48, height by width."""
     make_category(str(tmp_path / "data"), "long", shape=(32, 80))
-    recipe = dataclasses.replace(any_model, size=Size("64x48"), resize=resize)
+    recipe = dataclasses.replace(MODELS[kind], size=Size("64x48"), resize=resize)
     record = fit(tmp_path, "long", recipe)
     preprocessing = {"long": record.preprocessing}
     (rows,) = labelled_rows([mvtec.read_category(str(tmp_path / "data"), "long")])
