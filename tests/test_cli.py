@@ -190,9 +190,7 @@ def test_an_error_in_a_command_line_shows_no_url(argv: list[str]) -> None:
         "--preset paper --size auto",
     ],
 )
-def test_a_printed_configuration_has_the_given_values_and_reads_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
-) -> None:
+def test_a_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     argv = ["--data", "x", *line.split()]
     with pytest.raises(SystemExit):
         COMMANDS["benchmark"].parse([*argv, "--print-config"])
@@ -335,7 +333,7 @@ def run_main(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: 
     return code, "".join(capsys.readouterr())
 
 
-def test_stpm_lists_its_commands_and_says_in_one_line_what_is_none(
+def test_stpm_lists_its_commands_and_says_what_is_none(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for words, expected in (([], 1), (["--help"], 0), (["-h"], 0)):

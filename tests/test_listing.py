@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
             call(f"{tmp_path}{pattern}")
 
 
-def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_denied(
+def test_a_prefix_is_listed_alone_and_an_error_names_what_is_denied(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deny(self: object, *arguments: object, **more: object) -> None:
@@ -292,9 +292,7 @@ def test_files_that_may_still_be_being_written_are_left_out(
         assert list(storage.iter_files(f"{folder}/young.png", storage.Settle(60))) == []
 
 
-def test_a_file_that_is_renamed_meanwhile_does_not_hide_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_renamed_meanwhile_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.publish(f"{tmp_path}/old.png", b"x")
     set_age(f"{tmp_path}/old.png", 600)
     uploaded, scandir = tmp_path / "young.part", os.scandir

@@ -67,9 +67,7 @@ def test_each_model_is_one_run_with_recipe_losses_and_page(tmp_path: Path, any_m
         assert page(uri, run, "fit.html").encode() == store.read_file(record, "fit.html")
 
 
-def test_a_report_is_a_run_with_each_categorys_metrics(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_is_a_run_with_all_metrics(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stpm.tracking._MAX_METRICS", 7)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "plant 7")
     report = Report("/data", [result("nut", 0, 0.75, 0.5), result("bolt (new)", 0, 1.0, None)])

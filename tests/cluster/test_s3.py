@@ -18,9 +18,7 @@ from tests.datasets import make_output
 pytestmark = pytest.mark.cluster
 
 
-def test_of_an_archive_headers_are_read_and_a_picture_alone(
-    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_an_archive_headers_are_read_and_one_picture(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     size, count = 2 * 2**20, 20
     content, noise = io.BytesIO(), os.urandom(size)
     with tarfile.open(fileobj=content, mode="w") as archive:

@@ -39,9 +39,7 @@ def resized(values: np.ndarray, shape: tuple[int, int], resampling: Image.Resamp
     return np.asarray(Image.fromarray(values).resize(shape[::-1], resampling)).ravel()
 
 
-def test_image_metrics_agree_with_sklearn_also_of_a_defect_type_and_all_good_images(
-    tmp_path: Path,
-) -> None:
+def test_image_metrics_agree_with_sklearn_also_of_a_defect_type_and_all_good_images(tmp_path: Path) -> None:
     category = scored_run(tmp_path, types=("scratch", "dent"))
     metrics, rows = measured(category), rows_of(category)
     assert sorted(metrics.defects) == ["dent", "scratch"]
@@ -98,9 +96,7 @@ def test_the_pixels_that_the_model_sees_are_compared_at_either_size(
     ("options", "reason"),
     [({"masks": False}, "no masks"), ({"maps": False}, "no anomaly maps; score with --raw-maps")],
 )
-def test_without_masks_or_maps_pixel_metrics_are_undefined(
-    tmp_path: Path, options: dict[str, bool], reason: str
-) -> None:
+def test_without_masks_or_maps_no_pixel_is_measured(tmp_path: Path, options: dict[str, bool], reason: str) -> None:
     metrics = measured(scored_run(tmp_path, **options))  # type: ignore[arg-type]
     assert metrics.values["image_auroc"] is not None
     assert metrics.undefined == dict.fromkeys(PIXEL_METRICS, reason)

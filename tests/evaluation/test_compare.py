@@ -124,9 +124,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [output.folder, other.folder]
 
 
-def test_two_runs_share_a_page(
-    folders: list[str], tmp_path: Path, browser: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_runs_on_a_page(folders: list[str], tmp_path: Path, browser: Any, caplog: pytest.LogCaptureFixture) -> None:
     page = tmp_path / "compare.html"
     assert run_compare(CompareOptions(run=folders, page=str(page))) == 0  # type: ignore[arg-type]
     (headline,) = (line.removeprefix("nut: ") for line in caplog.messages if line.startswith("nut: "))
@@ -150,9 +148,7 @@ def test_two_runs_share_a_page(
     tab.close()
 
 
-def test_a_long_list_shows_the_first_images(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_list_shows_its_beginning(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "_MAX_TILES", 1)
     page = tmp_path / "compare.html"
     assert run_compare(CompareOptions(run=folders, page=str(page))) == 0  # type: ignore[arg-type]

@@ -72,9 +72,7 @@ def test_memory_holds_no_padding(images: TrainingImages, features_of: FeaturesOf
     assert same_banks(before, build_memory(features, np.arange(9), recipe))
 
 
-def test_a_memory_of_brighter_and_darker_ones_knows_an_aged_lamp(
-    images: TrainingImages, features_of: FeaturesOf
-) -> None:
+def test_a_memory_of_other_brightness_knows_an_aged_lamp(images: TrainingImages, features_of: FeaturesOf) -> None:
     recipe = dataclasses.replace(WHOLE, brightness=0.2)
     features, train = features_of(WHOLE), np.arange(9)
     darker = features.brightened(train, np.full(9, 0.88, np.float32))
@@ -85,7 +83,7 @@ def test_a_memory_of_brighter_and_darker_ones_knows_an_aged_lamp(
     assert same_banks(build_memory(features, train, recipe), build_memory(features, train, recipe))
 
 
-def test_padding_is_as_bright_as_ever(
+def test_padding_is_not_dimmed(
     images: TrainingImages, features_of: FeaturesOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = features_of(WHOLE, dataclasses.replace(images, content=PADDED))

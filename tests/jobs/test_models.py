@@ -40,9 +40,7 @@ def run(store: ModelStore, *categories: str, **options: Any) -> int:
     return run_models(ModelsOptions(store.uri, categories, **options))  # type: ignore[arg-type]
 
 
-def test_models_are_listed_without_a_lease(
-    models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_models_are_listed_unleased(models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with hold_lease(models.uri, False):
         before = {uri: storage.read(uri) for uri in storage.files(models.uri)}
         assert run(models) == 0
@@ -78,7 +76,7 @@ def test_the_commands_that_messages_name_run_in_a_shell(tmp_path: Path, tiny: Re
     assert store.record(name).model_id == second
 
 
-def test_a_category_without_a_previous_model_fails_and_the_others_are_rolled_back(
+def test_a_category_without_a_previous_model_fails_alone(
     models: ModelStore, ids: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run(models, "*", roll_back=True) == 2

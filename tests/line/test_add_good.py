@@ -72,9 +72,7 @@ def student(tmp_path: Path, fitted_keys: list[str]) -> Plant:
     return plant
 
 
-def test_added_images_calibrate_as_scored(
-    plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_added_images_calibrate(plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture) -> None:
     before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
     changing = ("calibration.parquet", "image_statistics.parquet")
     weights = {name: digest for name, digest in before.files.items() if name not in changing}
@@ -117,9 +115,7 @@ def test_added_images_calibrate_as_scored(
     assert fitted_keys == []
 
 
-def test_feedback_is_cumulative_and_the_same_image_counts_once(
-    root: str, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_feedback_adds_up_each_image_once(root: str, fitted_keys: list[str], caplog: pytest.LogCaptureFixture) -> None:
     student = Plant(root, MODELS["student"])
     fitted = student.store.record("nut")
     copied = f"{root}/copy.png"
@@ -239,7 +235,7 @@ def test_feedback_that_is_cut_off_changes_nothing_and_is_completed(
     assert [each.uri for each in student.store.load("nut").record.added_images] == student.good(0)
 
 
-def test_a_fit_reuses_a_model_with_added_images_until_its_images_change(
+def test_a_fit_reuses_a_model_with_added_images(
     student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     student.add(student.good(0, 1))

@@ -179,9 +179,7 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> Run
 
 
 @pytest.mark.parametrize("batch", [7, 100_000])
-def test_counts_and_samples_are_those_of_all_rows_in_any_order(
-    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_BATCH", batch)
     monkeypatch.setattr(rows_module, "SAMPLE", 20)
     first, second = make_rows(200, 0), make_rows(30, 1)

@@ -91,7 +91,7 @@ def test_no_credentials_of_netrc_are_sent(server: Server, tmp_path: Path, monkey
         ([0] * 9, 4, "it did not answer in time"),
     ],
 )
-def test_temporary_failures_are_tried_again_and_others_named_without_secrets(
+def test_temporary_failures_are_tried_again_others_named(
     server: Server, answers: list[int], tries: int, reason: str
 ) -> None:
     server.answers = answers.copy()

@@ -50,7 +50,7 @@ def test_distances_are_those_of_a_plain_computation(
     assert torch.equal(first, second)
 
 
-def test_many_images_are_compared_with_some_by_the_seed(
+def test_many_images_are_compared_with_some_at_random(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outliers, "_MAX_REFERENCES", 5 * 30)

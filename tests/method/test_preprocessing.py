@@ -150,7 +150,5 @@ def test_size_is_written_height_by_width_and_refuses_other_text() -> None:
         ((4096, 128), (1088, 32)),
     ],
 )
-def test_a_coarse_view_has_at_most_half_of_the_fine_pixels(
-    shape: tuple[int, int], coarse: tuple[int, int] | None
-) -> None:
+def test_a_coarse_view_has_at_most_half_of_the_pixels(shape: tuple[int, int], coarse: tuple[int, int] | None) -> None:
     assert choose_coarse_shape(shape, 36_864) == coarse

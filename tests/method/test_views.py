@@ -19,7 +19,7 @@ from tests.conftest import make_preprocessing
         ("demo", (1, 3), (1, 3)),
     ],
 )
-def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
+def test_levels_with_many_channels_or_names_have_banks(
     teacher: str, named: tuple[int, ...], levels: tuple[int, ...]
 ) -> None:
     recipe = dataclasses.replace(PRESETS["default"], teacher=teacher, memory_levels=Integers(named))

@@ -223,9 +223,7 @@ def test_missing_models_are_not_looked_for_among_all_others(memory: str, monkeyp
         ("files", {"student.safetensors": "0"}, "files.student.safetensors is '0', not of type StoredFile"),
     ],
 )
-def test_another_kind_of_record_is_refused(
-    store: ModelStore, tiny: Recipe, name: str, value: object, message: str
-) -> None:
+def test_another_record_is_refused(store: ModelStore, tiny: Recipe, name: str, value: object, message: str) -> None:
     save(store, tiny)
     values = json.loads(storage.read(stored(store, "model.json")))
     parent, _, field = name.rpartition(".")

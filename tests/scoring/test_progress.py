@@ -17,9 +17,7 @@ from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 
 
-def test_progress_is_a_line_at_each_update_or_every_five_seconds_in_a_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_progress_is_a_line_each_update_or_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
     shown: list[str] = []
     clock = Clock()
     for display in (ProgressDisplay(1000, shown.append, clock), ProgressDisplay(1000, None, clock)):

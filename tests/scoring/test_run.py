@@ -176,9 +176,7 @@ def score(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Scor
     return run
 
 
-def test_a_second_run_of_a_finished_run_writes_nothing_and_reads_no_row(
-    score: Score, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_of_a_finished_run_writes_and_reads_nothing(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
     first = score(top=2)
     shards = {"000000-000000.parquet", "manifest.json"}
     rows = f"scores_000000_{32 * 'a'}_000000_{8 * 'c'}-0.parquet"
@@ -227,9 +225,7 @@ def test_an_unfinished_run_goes_on_with_its_models(tmp_path: Path, tiny: Recipe)
     assert models["nut"].model_id == second.model_id
 
 
-def test_a_run_that_has_begun_keeps_the_threshold_that_it_began_with(
-    tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_keeps_the_threshold_of_its_start(tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(tmp_path, "/a.png")
     save(run.store, tiny)
 
@@ -253,7 +249,7 @@ def test_a_run_that_has_begun_keeps_the_threshold_that_it_began_with(
         decided_threshold()
 
 
-def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
+def test_nodes_are_compared_with_the_versions_at_the_start(
     tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, "/a.png")
@@ -270,7 +266,7 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
     assert versions.keys() >= {"python", "torch", "timm", "ray", "numpy", "pillow", "openvino"}
 
 
-def test_unfinished_heatmaps_of_killed_processes_are_removed(
+def test_unfinished_heatmaps_of_kills_are_removed(
     score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heatmaps = tmp_path / "run" / "heatmaps" / "scores" / "nut"
@@ -354,7 +350,7 @@ def internal_error() -> Exception:
         (AssertionError("a bug of ours"), ""),
     ],
 )
-def test_a_failure_of_ray_cuts_the_run_off(
+def test_a_failure_of_ray_cuts_off(
     score: Score, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     monkeypatch.setattr(run_module, "score_shards", Mock(side_effect=failure))

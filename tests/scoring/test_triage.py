@@ -315,9 +315,7 @@ def test_one_key_marks_a_kind_and_the_alarms_of_it_that_are_behind_a_click(brows
 
 
 @pytest.mark.parametrize(("sizes", "shown"), [([], 0), ([1], 1), ([2600, 2399, 1], 9)])
-def test_a_page_of_any_size_shows_a_few_of_each_kind(
-    browser: Any, tmp_path: Path, sizes: list[int], shown: int
-) -> None:
+def test_any_page_shows_a_few_of_each_kind(browser: Any, tmp_path: Path, sizes: list[int], shown: int) -> None:
     page = write_alarms(tmp_path, sizes).as_uri()
     check_page(browser, page)
     tab, _ = open_tab(browser, page)

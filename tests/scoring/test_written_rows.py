@@ -111,7 +111,7 @@ def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list
         total_of_finished(output, rows=10, max_ranked=3)
 
 
-def test_a_summary_counts_once_if_adding_up_was_cut_off(
+def test_a_summary_counts_once_after_a_cut(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(output, segments[0], slice(0, 4))
@@ -124,7 +124,7 @@ def test_a_summary_counts_once_if_adding_up_was_cut_off(
     assert finish_segment(output, segments[0], 3).rows == 8
 
 
-def test_only_the_files_of_its_own_segment_are_listed(
+def test_only_a_segments_files_are_listed(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files at each segment's end would make the end of a run quadratic."""

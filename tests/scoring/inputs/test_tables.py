@@ -151,7 +151,7 @@ ALLOWED = ["/plant", "s3://plant", "s3://plant/a/", "https://host", "abfs://box@
 @example([{"uri": "~\0", "mask": "", "category": "", "label": ""}], NUT, {"/plant"})
 @example([{"uri": "~\0://", "mask": "", "category": "", "label": ""}], NUT, {"/plant"})
 @settings(max_examples=300)
-def test_whatever_a_table_names_is_allowed_and_without_a_secret_or_has_an_error(
+def test_whatever_a_table_names_is_allowed_or_an_error(
     records: list[dict[str, str]], rule: CategoryRule, allow: set[str]
 ) -> None:
     storage.publish(f"{FOLDER}/m.jsonl", "\n".join(map(json.dumps, records)).encode())

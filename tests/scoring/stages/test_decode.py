@@ -144,7 +144,7 @@ def test_a_child_that_takes_too_long_is_killed() -> None:
 
 
 @pytest.mark.parametrize(("repetitions", "images"), [(0, 0), (1, 0), (2, 3)])
-def test_only_a_task_that_was_repeated_twice_tries_images_in_children(
+def test_a_task_repeated_twice_tries_children(
     run: Path, monkeypatch: pytest.MonkeyPatch, repetitions: int, images: int
 ) -> None:
     check = Mock()

@@ -180,7 +180,7 @@ def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, 
     ("kind", "resize", "shape"),
     [*((kind, "fit", (19, 48)) for kind in MODELS), *(("two views", name, (64, 48)) for name in ("crop", "stretch"))],
 )
-def test_images_of_other_proportions_are_scored_without_padding(
+def test_images_of_other_proportions_are_unpadded(
     tmp_path: Path, kind: str, resize: Resize, shape: tuple[int, int]
 ) -> None:
     """Images of 80 × 32 in an input of 64 × 48, height by width."""
