@@ -151,6 +151,9 @@ def test_save_of_same_model_changes_nothing_and_repairs_damage(store: ModelStore
     with pytest.raises(ModelError, match="its SHA-256 is"):
         store.read_files(first)
     store.read_files(save(store, MODELS["student and memory"]))
+    storage.publish(stored(store, "calibration.parquet"), b"x")
+    with pytest.raises(ModelError, match="its SHA-256 is"):
+        store.load("nut")
 
 
 def test_a_model_and_its_teacher_are_copied_to_another_store(store: ModelStore, memory: str) -> None:
