@@ -1,7 +1,5 @@
 """Checks of a page: its tags, and how a real browser shows it."""
 
-from __future__ import annotations
-
 import io
 from html.parser import HTMLParser
 from itertools import product
@@ -9,6 +7,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+# A text from data that is markup.
+EVIL = "<img src=x onerror=alert(1)>$\"'</script>"
 
 
 class Tags(HTMLParser):
@@ -25,6 +26,16 @@ class Tags(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+
+def check_tags(tags: Tags, scripts: int = 1) -> None:
+    """Check that a page has no other script than its own, and loads no more than the JPEGs that it holds."""
+    assert [tag for tag, _ in tags.found].count("script") == scripts
+    for tag, attributes in tags.found:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name) or ""
+            assert tag == "a" or not value or value.startswith(("data:image/jpeg;base64,", "#")), (tag, value)
 
 
 def open_tab(browser: Any, uri: str) -> tuple[Any, list[str]]:

@@ -1,7 +1,5 @@
 """Fixtures that all tests share, and a summary of the tests on real data."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os
@@ -18,6 +16,7 @@ import pytest
 import torch
 
 from stpm import storage
+from stpm.data import mvtec
 from stpm.fitting import fit_categories as fitting
 from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.task import FitResult, FitTask
@@ -29,6 +28,8 @@ from stpm.method.recipe import Recipe
 from stpm.method.teacher import Teacher
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.method.views import choose_views, levels_of_teacher
+from stpm.models.record import ModelRecord
+from stpm.models.store import ModelStore
 from stpm.options import Integers, Size
 
 # Processes of tests share the cores, and threads that wait for each other spin. Jobs choose their own number.
@@ -75,6 +76,16 @@ def make_preprocessing(height: int, width: int = 0, resize: Resize = "stretch") 
 SETTINGS = WorkerSettings(torch.device("cpu"), Arithmetic(), ram=2**30, gpu_ram=2**30, checkpoint_seconds=1e9)
 
 
+def fit_model(data: object, models: object, category: str = "nut", recipe: Recipe = TINY) -> ModelRecord:
+    """Fit a category of a data set in this process, and store its model."""
+    found, store = mvtec.read_category(storage.absolute(str(data)), category), ModelStore(str(models))
+    digest = store.put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
+    task = FitTask(category, found.train, recipe, store.uri, digest, found.roi, found.rois)
+    result = fit_category(task, SETTINGS, lambda message: None)
+    assert result.record, result.reason
+    return result.record
+
+
 @pytest.fixture
 def tiny() -> Recipe:
     return TINY
@@ -108,6 +119,10 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
     return str(tmp_path) if request.param == "local" else memory
 
 
+class Killed(BaseException):
+    """Ends a command anywhere, as a kill does."""
+
+
 class Clock:
     """A clock that a test sets."""
 
@@ -127,6 +142,18 @@ def fail_to_read(patch: pytest.MonkeyPatch, error: OSError, names: Collection[st
         return original(uri, start, end)
 
     patch.setattr(storage, "read", read)
+
+
+def record_calls(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """Let a function or method of `owner` go on as it does; return the list of its calls' arguments."""
+    original, calls = getattr(owner, name), []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **options)
+
+    patch.setattr(owner, name, call)
+    return calls
 
 
 @pytest.fixture

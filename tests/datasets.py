@@ -1,7 +1,5 @@
 """Write small data sets in the MVTec AD layout, and rows as scoring writes them, to any filesystem."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 
@@ -11,6 +9,7 @@ from PIL import Image
 
 from stpm import storage
 from stpm.scoring.output import RunOutput
+from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.schema import OUTPUT, table
 
 # Python reads sitecustomize.py at every start. With this one, decoding `crashing_image` crashes the process.
@@ -90,3 +89,20 @@ def make_output(count: int, **columns: Any) -> pa.Table:
 def write_rows(output: RunOutput, rows: pa.Table, number: int = 0) -> None:
     """Write rows to a file of a run."""
     storage.publish(f"{output.scores}/{output.name}_{number}.parquet", storage.encode_parquet(rows), durable=False)
+
+
+def write_task(output: RunOutput, images: pa.Table, number: int, segment: int = 0, **columns: Any) -> str:
+    """Write rows of images in one file and their summary, as a task does; return the summary's URI."""
+    same = {name: images[name].to_pylist() for name in ("image_id", "uri", "category")}
+    rows = make_output(len(images), **same | columns)
+    task = f"scores_{output.attempt:06}_{32 * 'a'}_{number:06}_{8 * 'c'}"
+    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
+    summary = f"{output.task_summaries(segment)}/{task}.json"
+    storage.publish(summary, RowSummary.of_rows(rows, task, max_ranked=3).to_json())
+    return summary
+
+
+def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
+    """Replace the values of a column."""
+    index = rows.schema.get_field_index(name)
+    return rows.set_column(index, rows.schema.field(index), pa.array(values, rows.schema.field(index).type))

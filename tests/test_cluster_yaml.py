@@ -1,7 +1,5 @@
 """cluster.yaml against Ray's own validator, and its node types against what the jobs ask for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

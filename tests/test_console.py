@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -166,5 +164,4 @@ def test_a_signal_ends_a_job_with_its_number_after_cleaning_up(name: str, code: 
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_a_job_at_once(second: str) -> None:
     ran = stopped("SIGINT", cleaning=f"signal.raise_signal(signal.{second})")
-    assert ran.returncode == -signal.Signals[second]
-    assert ("cleaned up" in ran.stdout, ran.stderr) == (False, "")
+    assert (ran.returncode, "cleaned up" in ran.stdout, ran.stderr) == (-signal.Signals[second], False, "")

@@ -1,7 +1,5 @@
 """What cluster.yaml and deploy/Dockerfile install: every version is pinned, and Ray can start nodes with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

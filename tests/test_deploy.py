@@ -1,7 +1,5 @@
 """The files for Kubernetes, checked without a cluster."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import re
@@ -69,13 +67,6 @@ def test_a_night_that_is_partly_done_is_not_repeated(code: int, expected: int) -
     assert ran.returncode == expected
 
 
-def test_only_the_drivers_pod_has_the_webhook_and_may_do_without() -> None:
-    head, *workers = map(container, GROUPS)
-    assert [variable["name"] for variable in head["env"]] == ["STPM_WEBHOOK", "STPM_WEBHOOK_SECRET"]
-    assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in head["env"])
-    assert not any("env" in worker for worker in workers)
-
-
 def test_the_head_runs_no_tasks_and_the_groups_fit_the_first_node() -> None:
     assert CLUSTER["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     for group, kind in zip(CLUSTER["workerGroupSpecs"], ("gpu", "cpu"), strict=True):
@@ -86,7 +77,11 @@ def test_the_head_runs_no_tasks_and_the_groups_fit_the_first_node() -> None:
         assert all(amounts[name] >= amount for name, amount in first_bundle(kind).items())  # type: ignore[arg-type]
 
 
-def test_every_pod_has_the_same_image_and_none_runs_as_root_or_may_become_root() -> None:
+def test_every_pod_has_the_same_image_none_may_become_root_and_only_the_drivers_has_the_webhook() -> None:
+    head, *workers = map(container, GROUPS)
+    assert [variable["name"] for variable in head["env"]] == ["STPM_WEBHOOK", "STPM_WEBHOOK_SECRET"]
+    assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in head["env"])
+    assert not any("env" in worker for worker in workers)
     assert len({container(group)["image"] for group in GROUPS}) == 1
     assert len({group["template"]["spec"]["serviceAccountName"] for group in GROUPS}) == 1
     pods = [NIGHTLY_POD, *(group["template"]["spec"] for group in GROUPS)]

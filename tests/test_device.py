@@ -1,7 +1,5 @@
 """The device that a process computes on, by what Ray assigned to it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import SimpleNamespace
 

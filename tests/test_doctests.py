@@ -1,7 +1,5 @@
 """The examples in docstrings, in docs/python.md, README.md and docs/from-a-service.md are correct."""
 
-from __future__ import annotations
-
 import dataclasses
 import doctest
 import json

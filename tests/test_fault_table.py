@@ -1,7 +1,5 @@
 """Each line of docs/faults.md names a test that exists."""
 
-from __future__ import annotations
-
 import re
 
 from tests.conftest import REPOSITORY

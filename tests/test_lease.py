@@ -1,7 +1,5 @@
 """The lease as a protocol: on several stores, with a simulated clock; and with real processes."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shlex
@@ -113,7 +111,7 @@ def test_a_holder_that_sees_a_higher_number_or_nothing_stops(root: str, clock: C
     assert "was removed" in other.why_lost()
 
 
-def test_a_waiting_run_gets_the_released_lease_and_logs_once(
+def test_a_waiting_run_gets_the_lease_later(
     root: str, clock: Clock, first: Lease, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock.meanwhile.append(lambda: first.release() if clock.now > 30 else first.renew())
@@ -240,7 +238,7 @@ def test_each_job_that_changes_a_folder_takes_its_lease(tmp_path: Path, name: st
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lease"]
 
 
-def test_a_number_that_others_used_and_removed_is_not_a_lease(
+def test_a_number_of_earlier_leases_is_none(
     root: str, clock: Clock, first: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the slow run has listed the numbers, and before it creates the next one, two other runs take the lease."""

@@ -1,17 +1,10 @@
 """Processes that do not compute with torch do not import it, which would take seconds and 200 MiB in each."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
-from pkgutil import resolve_name
-from unittest.mock import Mock
 
 import pytest
 
-from stpm import cli
-from stpm.cli import Job
 from stpm.commands import COMMANDS
 
 # The modules that define tasks and actors without networks.
@@ -57,21 +50,6 @@ def test_a_path_that_leads_nowhere_is_refused_before_anything_heavy_is_imported(
     found = imported_by("from stpm.commands import main; main()", *argv, "/nowhere", other, "/nowhere/o")
     assert "fsspec" in found
     assert not found & {"torch", "ray", "timm", "scipy", "sklearn", "matplotlib"}
-
-
-def test_a_relative_path_that_is_there_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("data/nut/train/good", "run/scores"):
-        Path(name).mkdir(parents=True)
-    Path("run/scores/scores_0.parquet").touch()
-    for name, option, folder in (("fit", "data", "data"), ("benchmark", "data", "data"), ("evaluate", "run", "run")):
-        parse, started = Mock(return_value=[Mock(**{option: folder}), "text"]), Mock(return_value=0)
-        monkeypatch.setattr(Job, "parse", parse)
-        monkeypatch.setattr(
-            cli, "resolve_name", lambda each, run=started: run if ".jobs." in each else resolve_name(each)
-        )
-        assert COMMANDS[name]([]) == 0
-        started.assert_called_once()
 
 
 @pytest.mark.parametrize("names", [["models", "compare"], ["score", "evaluate", "nightly"]], ids=" ".join)

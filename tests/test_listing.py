@@ -1,7 +1,5 @@
 """Listings, on local disks and against a server of S3."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time
@@ -25,6 +23,7 @@ from stpm import storage
 from stpm.errors import ConfigError, DataError
 from stpm.storage import listing
 from tests.cluster.conftest import s3 as s3  # noqa: PLC0414  a fixture
+from tests.conftest import record_calls
 from tests.test_storage import root as root  # noqa: PLC0414  a fixture
 
 _NAMES = st.lists(st.sampled_from(["a", "b", "a b", "é", ""]), min_size=1, max_size=6).map("/".join)
@@ -104,10 +103,9 @@ def test_listed_uris_keep_the_scheme_and_account_of_the_root(root_uri: str) -> N
 
 
 def test_files_are_yielded_before_all_folders_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, scandir = [], os.scandir
     for i in range(100):
         storage.publish(f"{tmp_path}/{i:03}/x.png", b"", durable=False)
-    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    listed = record_calls(monkeypatch, os, "scandir")
     found = storage.iter_files(str(tmp_path))
     assert names([next(found), next(found)], str(tmp_path)) == ["000/x.png", "001/x.png"]
     assert len(listed) < 25
@@ -181,7 +179,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
             call(f"{tmp_path}{pattern}")
 
 
-def test_who_may_list_only_under_a_prefix_lists_that_and_an_error_names_what_is_denied(
+def test_a_prefix_is_listed_alone_and_an_error_names_what_is_denied(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deny(self: object, *arguments: object, **more: object) -> None:
@@ -230,9 +228,7 @@ _FOLDERS = count()
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(found={"/".join(parts) for parts in product("xyz", repeat=4)})
 @given(found=st.sets(_NAMES, min_size=5, max_size=30))
-def test_parts_of_a_prefix_have_each_key_once_and_in_the_same_order_again(
-    requests_of_s3: list[dict[str, str]], found: set[str]
-) -> None:
+def test_parts_of_a_prefix_have_each_key_once_in_order(requests_of_s3: list[dict[str, str]], found: set[str]) -> None:
     folder = f"parts-{next(_FOLDERS)}"
     keys = {f"{name}.png" for name in found}
     put(folder, keys | {"", "a/"})
@@ -295,9 +291,7 @@ def test_files_that_may_still_be_being_written_are_left_out(
         assert list(storage.iter_files(f"{folder}/young.png", storage.Settle(60))) == []
 
 
-def test_a_file_that_is_renamed_while_its_folder_is_listed_does_not_hide_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_renamed_meanwhile_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.publish(f"{tmp_path}/old.png", b"x")
     set_age(f"{tmp_path}/old.png", 600)
     uploaded, scandir = tmp_path / "young.part", os.scandir

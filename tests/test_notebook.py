@@ -1,7 +1,5 @@
 """The notebook runs from top to bottom, and finds what its outputs say. `python -m tests.test_notebook` stores them."""
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """Decode files as cameras, editors, converters and broken transfers write them."""
 
-from __future__ import annotations
-
 import ast
 import io
 import struct
@@ -151,9 +149,7 @@ def test_every_image_open_names_its_formats() -> None:
 
 
 @pytest.mark.parametrize(("raised", "kind"), [(RecursionError("deep"), "unforeseen"), (MemoryError(), "out_of_memory")])
-def test_an_error_of_pillow_becomes_an_image_error(
-    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str
-) -> None:
+def test_an_error_of_pillow_is_an_image_error(monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str) -> None:
     monkeypatch.setattr(Image.Image, "resize", Mock(side_effect=raised))
     with pytest.raises(ImageError) as caught:
         decode(PNG, PREPROCESSING)

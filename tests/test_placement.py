@@ -1,7 +1,5 @@
 """Which paths several machines can reach, and the first node to ask for."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -70,9 +68,7 @@ def test_a_node_that_left_is_asked_for_again(request_resources: Mock, monkeypatc
     assert request_resources.call_args_list == [wanted, wanted, call(bundles=[])]
 
 
-def test_cpu_nodes_do_not_stand_in_for_a_gpu_node_that_is_waited_for(
-    request_resources: Mock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_nodes_do_not_stand_in_for_a_gpu_node(request_resources: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([[CPU], [CPU], [CPU], [CPU, GPU], [CPU]])
     monkeypatch.setattr(placement, "working_nodes", lambda: next(found))
     assert placement.wait_for_nodes(ClusterOptions()) == [CPU]

@@ -1,7 +1,5 @@
 """What Ray raises becomes one line, with what to do."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

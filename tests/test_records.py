@@ -1,7 +1,5 @@
 """What a JSON file with a damaged, missing or foreign value is read as: the same values, or an error in one line."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

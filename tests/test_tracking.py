@@ -1,7 +1,5 @@
 """Fits and reports in MLflow, read back by its client from a folder; a server that is down, and MLflow missing."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
@@ -11,20 +9,17 @@ from typing import Any
 import pytest
 
 from stpm import storage
-from stpm.data import mvtec
 from stpm.errors import ConfigError
 from stpm.evaluation.evaluate import publish_report
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.report import Report
-from stpm.fitting.fit_categories import fit_categories
-from stpm.fitting.options import FitOptions, WorkerOptions
+from stpm.fitting.options import FitOptions
 from stpm.fitting.task import FitResult
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
-from stpm.options import ClusterOptions
 from stpm.tracking import Tracker
-from tests.datasets import make_category
 from tests.evaluation.runs import result
+from tests.fitting.test_fit_categories import categories, fit
 from tests.models.test_store import save
 
 
@@ -48,18 +43,9 @@ def page(uri: str, run: Any, name: str) -> str:
     return Path(artifacts.download_artifacts(f"{run.info.artifact_uri}/{name}", tracking_uri=uri)).read_text()
 
 
-def fit(tmp_path: Path, recipe: Recipe, *names: str) -> list[FitResult]:
-    for name in names:
-        make_category(f"{tmp_path}/data", name, train=8, good=0, defects=0)
-    data = [mvtec.read_category(f"{tmp_path}/data", name) for name in names]
-    return fit_categories(data, recipe, {0: f"{tmp_path}/models"}, WorkerOptions(), ClusterOptions(), False)
-
-
 @pytest.mark.usefixtures("fitted_keys")
-def test_each_model_is_a_run_with_recipe_losses_and_page_and_is_logged_once(
-    tmp_path: Path, any_model: Recipe, uri: str
-) -> None:
-    fits = fit(tmp_path, any_model, "nut", "bolt (new)")
+def test_each_model_is_one_run_with_recipe_losses_and_page(tmp_path: Path, any_model: Recipe, uri: str) -> None:
+    fits = fit(categories(tmp_path, **{"nut": 8, "bolt (new)": 8}), any_model, tmp_path / "models")
     for _ in range(2):
         Tracker(uri, f"{tmp_path}/data/").log_fits([*fits, FitResult(fits[0].task, reason="failed")])
     logged = runs(uri, "data")
@@ -81,9 +67,7 @@ def test_each_model_is_a_run_with_recipe_losses_and_page_and_is_logged_once(
         assert page(uri, run, "fit.html").encode() == store.read_file(record, "fit.html")
 
 
-def test_a_report_is_a_run_with_the_metrics_of_each_category_and_of_all(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_is_a_run_with_all_metrics(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stpm.tracking._MAX_METRICS", 7)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "plant 7")
     report = Report("/data", [result("nut", 0, 0.75, 0.5), result("bolt (new)", 0, 1.0, None)])
@@ -115,7 +99,7 @@ def test_a_server_that_is_down_is_a_warning_and_what_broke_off_is_logged_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    fits = fit(tmp_path, tiny, "nut")
+    fits = fit(categories(tmp_path, nut=8), tiny, tmp_path / "models")
     caplog.clear()
     Tracker("http://127.0.0.1:9", "data").log_fits(fits)
     (message,) = caplog.messages
@@ -165,9 +149,7 @@ def test_a_uri_with_a_password_and_tracking_without_a_fit_are_refused() -> None:
         FitOptions("data", "models", add_good="marks.jsonl", track="http://mlflow")
 
 
-def test_an_exception_of_an_artifact_stores_library_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_exception_of_an_artifact_library_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker("", "x")
     with tracker._warnings("models"):
         raise RuntimeError("NoCredentialsError: cannot find credentials")

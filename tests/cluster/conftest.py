@@ -1,7 +1,5 @@
 """Jobs in processes of their own, a server of S3, and helpers that several of these tests need."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -26,16 +24,11 @@ from moto.server import ThreadedMotoServer
 from stpm import cli, storage
 from stpm.cluster.connection import connected
 from stpm.commands import COMMANDS
-from stpm.data.mvtec import read_category
 from stpm.errors import RunDamagedError
-from stpm.fitting.fit_category import fit_category
-from stpm.fitting.task import FitTask
-from stpm.method.teacher_weights import load_teacher_weights
-from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.written_rows import committed_summaries
-from tests.conftest import REPOSITORY, SETTINGS, TINY
+from tests.conftest import REPOSITORY, TINY, fit_model
 from tests.datasets import encode_image
 
 # A recipe that fits in seconds.
@@ -110,11 +103,7 @@ def call_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def fit(data: object, models: object, category: str = "nut", **changes: Any) -> None:
     """Fit a tiny model of one category, for one epoch, in this process: the fit job would start Ray for it."""
-    recipe, store = dataclasses.replace(TINY, epochs=1, **changes), storage.absolute(str(models))
-    train = read_category(storage.absolute(str(data)), category).train
-    digest = ModelStore(store).put_teacher(load_teacher_weights(recipe.teacher, recipe.teacher_weights, recipe.levels))
-    result = fit_category(FitTask(category, train, recipe, store, digest), SETTINGS, lambda message: None)
-    assert result.record, result.reason
+    fit_model(data, models, category, dataclasses.replace(TINY, epochs=1, **changes))
 
 
 def make_images(folder: str, count: int, broken: Sequence[int] = ()) -> None:

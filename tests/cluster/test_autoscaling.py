@@ -1,7 +1,5 @@
 """A cluster that starts its nodes on demand, with Ray's own autoscaler and nodes that are processes here."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

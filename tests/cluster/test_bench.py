@@ -1,7 +1,5 @@
 """The benchmark, at small size: the score job is not far slower than its bare loop."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

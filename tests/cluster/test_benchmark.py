@@ -1,7 +1,5 @@
 """The benchmark job on a small data set with every kind of fault in it, and the files that it writes."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Images and results in Google's and Azure's storage: their own clients, with emulators as servers."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The README's first command, from the wheel: in an environment of its own, outside of the clone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The evaluate job: the report of a scored collection, and the gate."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fits whose processes are killed at random moments, `STPM_TEST_KILLS` times each."""
 
-from __future__ import annotations
-
 import random
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Scoring through an S3 server that fails, at random or for half a minute: every image gets its row."""
 
-from __future__ import annotations
-
 import io
 import random
 import socket

@@ -1,7 +1,5 @@
 """A GPU that Ray assigns and torch cannot use: jobs end with one line that says so, and do not compute on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

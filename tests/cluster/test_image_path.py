@@ -1,7 +1,5 @@
 """The files that an image enters, from its URI to its row, in all processes of a score job."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

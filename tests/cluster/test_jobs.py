@@ -1,7 +1,5 @@
 """The fit and the score job, and their errors for input that is not valid."""
 
-from __future__ import annotations
-
 import json
 import socket
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Many categories that take a second or less each."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,10 +1,7 @@
 """The nightly job in processes of its own: two starts at once, a kill in the middle, late files, a webhook."""
 
-from __future__ import annotations
-
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +21,13 @@ from tests.cluster.conftest import (
     written_tasks,
 )
 from tests.datasets import make_category
+from tests.line.test_webhook import Server
 
 pytestmark = pytest.mark.cluster
 
 IMAGES = 400
 NIGHT = "2026-11-24"
 URL_SECRET, KEY = "a-path-that-no-log-may-show", "a-key-that-no-log-may-show"
-
-
-class Hook(BaseHTTPRequestHandler):
-    """Remember each message."""
-
-    def do_POST(self) -> None:
-        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
 
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:
@@ -67,8 +53,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     for uri in late:
         Path(uri).rename(tmp_path / "late" / Path(uri).name)
     options += ["--out", str(out)]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    server.received = []  # type: ignore[attr-defined]
+    server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     secrets = {"STPM_WEBHOOK": f"http://127.0.0.1:{server.server_port}/{URL_SECRET}", "STPM_WEBHOOK_SECRET": KEY}
 
@@ -101,7 +86,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     assert night["images"] == IMAGES
     assert night["categories"]["nut"]["alarms"] == sum(bool(row["is_anomalous"]) for row in found.values())
 
-    assert [message["images"] for message in server.received] == [IMAGES]  # type: ignore[attr-defined]
+    assert [json.loads(body)["images"] for _, _, body in server.received] == [IMAGES]
     server.shutdown()
     written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     for secret in (URL_SECRET, KEY):

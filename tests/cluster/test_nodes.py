@@ -1,7 +1,5 @@
 """A cluster of several nodes, which are added and killed during a job: its results stay the same."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

@@ -1,7 +1,5 @@
 """Scoring with an object store that is too small: Ray spills to disk, and the rows are the same."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

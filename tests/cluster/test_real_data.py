@@ -1,7 +1,5 @@
 """The benchmark job on some images of real categories: colour PNG, long grey JPEG, and parts at any angle."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from tests.cluster.conftest import run_job
 pytestmark = [pytest.mark.cluster, pytest.mark.real_data]
 
 # One of so many images in a row is used: all of them would take minutes.
-STEPS = {"bottle": 2, "commutator": 3, "casting": 4}
+STEPS = {"bottle": 4, "commutator": 3, "casting": 6}
 
 
 def test_real_defects_are_found(real_data: Path, tmp_path: Path) -> None:
@@ -23,7 +21,7 @@ def test_real_defects_are_found(real_data: Path, tmp_path: Path) -> None:
             here.mkdir(parents=True)
             for image in sorted(folder.iterdir())[:: 1 if "ground_truth" in folder.parts else step]:
                 (here / image.name).symlink_to(image)
-    options = ["--teacher", "demo", "--pixels", "65536", "--epochs", "2", "--min-steps", "0"]
+    options = ["--teacher", "demo", "--pixels", "65536", "--memory", "1000", "--epochs", "2", "--min-steps", "0"]
     assert run_job("benchmark", "--data", str(data), "--out", str(out), *options).returncode == 0
     found = json.loads((out / "report.json").read_text())["categories"]
     bottle, commutator, casting = (found[category] for category in STEPS)

@@ -1,7 +1,5 @@
 """Scoring whose processes are killed at random moments, `STPM_TEST_KILLS` times each."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import signal

@@ -1,8 +1,7 @@
 """The jobs by `ray job submit`, on a cluster that requires a token, with all data in S3."""
 
-from __future__ import annotations
-
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -19,10 +18,12 @@ import requests
 from stpm import storage
 from stpm.errors import HOW_TO_CONTINUE
 from stpm.scoring.output import RunOutput
+from stpm.scoring.output_rows import open_rows
 from tests.cluster.conftest import (
     BIN,
     HANGS,
     TINY_RECIPE,
+    call_job,
     environment,
     free_port,
     kill_tree,
@@ -32,12 +33,13 @@ from tests.cluster.conftest import (
     written_tasks,
 )
 from tests.conftest import REPOSITORY
-from tests.datasets import fitted_categories, make_category
+from tests.datasets import make_category
 
 pytestmark = pytest.mark.cluster
 
-TINY = ["--epochs", "2", *TINY_RECIPE]
-DATA, MODELS = "s3://bucket/data", "s3://bucket/models"
+DATA, OUT = "s3://bucket/data sets/one", "s3a://bucket/runs/a"
+MODELS = f"{OUT}/models/seed-0"
+IMAGES = 800
 
 
 @pytest.fixture(scope="module")
@@ -132,42 +134,58 @@ def test_without_the_token_nothing_is_submitted(cluster: dict[str, str]) -> None
     assert "succeeded" not in process.stdout + process.stderr
 
 
-def test_submitted_jobs_succeed_and_export_what_the_dashboard_draws(cluster: dict[str, str], metrics: str) -> None:
+def test_a_submitted_benchmark_writes_to_s3_for_a_fit_to_reuse(cluster: dict[str, str], s3: dict[str, str]) -> None:
     make_category(DATA, "nut")
-    fit = submit(cluster, "fit", "--data", DATA, "--models", MODELS, *TINY)
-    assert fit.returncode == 0
-    assert "validation loss" in fit.stdout
-    assert fitted_categories(MODELS) == ["nut"]
+    make_category(DATA, "grey", grey=True, kind="JPEG")
+    recipe = ["--data", DATA, "--epochs", "2", "--checkpoint-seconds", "0", *TINY_RECIPE]
+    process = submit(cluster, "benchmark", "--out", OUT, *recipe)
+    assert process.returncode == 0
+    assert "validation loss" in process.stdout
+    report = json.loads(storage.read(f"{OUT}/report.json"))
+    assert set(report["categories"]) == {"nut", "grey"}
+    assert all(values["pixel_auroc"] is not None for values in report["categories"].values())
+    rows = open_rows(RunOutput.named(OUT, "seed-0")).to_table().to_pylist()
+    assert sorted(row["uri"] for row in rows) == storage.files(f"{DATA}/grey/test") + storage.files(f"{DATA}/nut/test")
+    assert all(storage.read(f"{OUT}/{row['heatmap']}").startswith(b"\x89PNG") for row in rows)
+    assert not [uri for uri in storage.files(MODELS) if "checkpoint" in uri or ".train" in uri]
+    written = b"".join(storage.read(uri) for uri in storage.files(OUT) if uri.endswith((".json", ".parquet")))
+    for secret in (s3["AWS_ACCESS_KEY_ID"], s3["AWS_SECRET_ACCESS_KEY"]):
+        assert secret.encode() not in written
 
-    make_images("s3://bucket/images", 600, broken=range(0, 600, 100))
-    options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", "s3://bucket/scored"]
-    options += ["--scorers", "1"]
-    with count(metrics) as seen:
-        score = submit(cluster, "score", *options)
-    assert score.returncode == 0
-    assert len(read_rows("s3://bucket/scored", "uri")) == 600
-    drawn = set(re.findall(r"ray_stpm\w+", (REPOSITORY / "deploy" / "grafana.json").read_text()))
-    assert drawn == {name for name, value in seen.items() if value > 0 and name.endswith("_total")}
-
-    failed = submit(cluster, "fit", "--data", "s3://bucket/nowhere", "--models", "s3://bucket/m", *TINY)
+    first = storage.files(f"{MODELS}/nut"), storage.read(f"{MODELS}/nut/current.json")
+    again = call_job("fit", "--models", MODELS, *recipe)
+    assert again.returncode == 0
+    assert again.stdout.count("is there already") == 2
+    assert (storage.files(f"{MODELS}/nut"), storage.read(f"{MODELS}/nut/current.json")) == first
+    options = ["--models", MODELS, "--category", "nut"]
+    for images, run in ((f"{DATA}/nut/test", "s3://nobucket/run"), ("s3://nobucket/images", f"{OUT}/other")):
+        no_bucket = call_job("score", *options, "--images", images, "--out", run)
+        assert no_bucket.returncode == 1
+        (line,) = no_bucket.stderr.splitlines()
+        assert "s3://nobucket/" in line
+    failed = submit(cluster, "fit", "--data", "s3://bucket/nowhere", "--models", MODELS, *TINY_RECIPE)
     assert failed.returncode != 0
     assert "nowhere: no such folder" in failed.stdout + failed.stderr
 
 
-def test_a_stopped_job_is_continued_by_the_next_one(cluster: dict[str, str]) -> None:
-    """Uses the models and the images of the test before."""
+def test_a_stopped_job_is_continued_and_exports_what_the_dashboard_draws(cluster: dict[str, str], metrics: str) -> None:
+    """Uses the model of the test before."""
+    make_images("s3://bucket/images", IMAGES, broken=range(0, IMAGES, 100))
     out = "s3://bucket/stopped"
     options = ["--models", MODELS, "--images", "s3://bucket/images", "--category", "nut", "--out", out]
     options += ["--rows-per-file", "32", "--scoring-batch-size", "1", "--scorers", "1"]
-    command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
-    assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
-    wait_until(lambda: bool(written_tasks(RunOutput.single(out))), "no rows were written")
-    assert ray_job(cluster, "stop", "night").returncode == 0
-    assert f"stopped by SIGTERM: {HOW_TO_CONTINUE}" in ray_job(cluster, "logs", "night").stdout
-    assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
-    assert not storage.exists(f"{out}/_SUCCESS")
-    again = submit(cluster, "score", *options)
+    with count(metrics) as seen:
+        command = ["submit", "--no-wait", "--submission-id", "night", "--working-dir", ".", "--"]
+        assert ray_job(cluster, *command, "python", "jobs/score.py", *options).returncode == 0
+        wait_until(lambda: bool(written_tasks(RunOutput.single(out))), "no rows were written")
+        assert ray_job(cluster, "stop", "night").returncode == 0
+        assert f"stopped by SIGTERM: {HOW_TO_CONTINUE}" in ray_job(cluster, "logs", "night").stdout
+        assert "Job 'night' was stopped" in ray_job(cluster, "status", "night").stdout
+        assert not storage.exists(f"{out}/_SUCCESS")
+        again = submit(cluster, "score", *options)
     assert again.returncode == 0
     assert "are scored already" in again.stdout
     uris = [row["uri"] for row in read_rows(out, "uri")]
-    assert len(uris) == len(set(uris)) == 600
+    assert len(uris) == len(set(uris)) == IMAGES
+    drawn = set(re.findall(r"ray_stpm\w+", (REPOSITORY / "deploy" / "grafana.json").read_text()))
+    assert drawn == {name for name, value in seen.items() if value > 0 and name.endswith("_total")}

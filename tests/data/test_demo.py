@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,7 @@ from stpm.data import demo, mvtec
 from stpm.data.masks import decode_mask
 
 
-def test_demo_set_is_complete_and_reproducible_and_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_set_is_complete_reproducible_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("TRAIN_IMAGES", 5), ("GOOD_IMAGES", 3), ("IMAGES_PER_DEFECT", 2)):
         monkeypatch.setattr(demo, name, count)
     for name in ("one", "two"):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 from pathlib import Path
 
@@ -42,7 +40,7 @@ PAIRS = st.tuples(st.integers(1, 20), st.integers(1, 20)).flatmap(
 
 
 @given(PAIRS)
-def test_an_overlay_tints_what_is_found_leaves_the_rest_and_surrounds_what_is_above_all_good_pixels(
+def test_an_overlay_tints_what_is_found_and_surrounds_what_is_above_all_good_pixels(
     pair: tuple[np.ndarray, np.ndarray],
 ) -> None:
     pixels, levels = pair
@@ -82,9 +80,7 @@ def test_the_outline_of_a_mask_is_wider_in_a_large_picture() -> None:
         np.testing.assert_array_equal(colours, (mask & ~inner)[..., None] * np.uint8([0, 255, 255, 255]))
 
 
-def test_the_heatmap_of_a_row_is_scaled_to_its_image(
-    rng: np.random.Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rows_heatmap_is_scaled(rng: np.random.Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pixels = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(encode_image(pixels))
     row = {"uri": str(tmp_path / "a.png"), "archive_start": 0, "archive_length": -1, "heatmap": "", "heatmap_png": b""}

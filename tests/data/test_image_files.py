@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import gzip
 import io
 import os
@@ -86,9 +84,7 @@ def test_a_damaged_row_group_is_an_error_of_its_images_alone(tmp_path: Path) -> 
         assert caught.value.kind == "damaged"
 
 
-def test_a_parquet_file_whose_connection_breaks_or_whose_disk_is_gone_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_parquet_file_that_cannot_be_fetched_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mount").mkdir()
     for folder, kind in (("mount", "missing"), ("unmounted", "unreadable")):
         with pytest.raises(ImageError) as caught:

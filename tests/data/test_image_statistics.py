@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,8 +53,6 @@ def test_content_is_found_where_it_is_and_moves_by_what_the_camera_moved() -> No
     assert (middle.position_x, middle.position_y) == pytest.approx((0.5, 100 / 256), abs=0.01)
     assert moved.position_x - middle.position_x == pytest.approx(13 / 256, abs=0.004)
     assert moved.position_y == pytest.approx(middle.position_y)
-
-
-def test_an_image_without_content_is_centred_and_not_an_error() -> None:
+    # Without any, it is in the middle.
     black = compute(np.zeros((40, 30, 3), np.uint8))
     assert black == ImageStatistics(0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 0.5)

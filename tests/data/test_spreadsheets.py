@@ -1,7 +1,5 @@
 """Tables for people, read back by what people read them with."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import io

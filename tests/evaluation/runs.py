@@ -1,9 +1,8 @@
 """A scored run folder, and results, made without scoring."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
 from stpm.evaluation.report import CategoryResult, Failure, Report
 from stpm.evaluation.threshold import place_threshold
 from stpm.method.preprocessing import Preprocessing
+from stpm.method.recipe import Recipe
 from stpm.method.scales import HeatmapScale
 from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, measure_category
 from stpm.models.record import FitRecord, ModelRecord, StoredFile
@@ -76,10 +76,12 @@ def measured(category: ScoredCategory, masks_at: MasksAt = "model") -> CategoryM
     return measure_category(read_scores(category, masks_at))
 
 
-def result(category: str, seed: int, image: float | None, pixel: float | None) -> CategoryResult:
+def result(
+    category: str, seed: int, image: float | None, pixel: float | None, recipe: Recipe = TINY, **metrics_changes: Any
+) -> CategoryResult:
     record = ModelRecord(
         category=category,
-        recipe=dataclasses.replace(TINY, seed=seed),
+        recipe=dataclasses.replace(recipe, seed=seed),
         preprocessing=PREPROCESSING,
         precision="float32",
         teacher_digest="t",
@@ -96,7 +98,7 @@ def result(category: str, seed: int, image: float | None, pixel: float | None) -
         metrics["image_auroc"] = Metric(image, (image - 0.1, image + 0.1))
     metrics["pixel_auroc"] = Metric(undefined="no masks") if pixel is None else Metric(pixel)
     measured = CategoryMetrics(metrics, 4, 5, 3, 1)
-    measured = dataclasses.replace(measured, defects={"dent": measured})
+    measured = dataclasses.replace(measured, defects={"dent": measured}, **metrics_changes)
     return CategoryResult(record, measured, threshold=place_threshold(1.0 + 0.25 * seed, CALIBRATION))
 
 
@@ -104,10 +106,8 @@ def without_student(made: CategoryResult) -> CategoryResult:
     """Return the same result for a model that has a memory alone."""
     fit = dataclasses.replace(made.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
     recipe = dataclasses.replace(MODELS["memory"], seed=made.model.recipe.seed)
-    model = dataclasses.replace(
-        made.model, recipe=recipe, fit=fit, files={"memory.safetensors": StoredFile("m" * 64, 9)}
-    )
-    return dataclasses.replace(made, model=model)
+    files = {"memory.safetensors": StoredFile("m" * 64, 9)}
+    return dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe, fit=fit, files=files))
 
 
 REPORT = Report(

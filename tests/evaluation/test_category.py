@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""A category's metrics, and the charts of its scores."""
 
 import dataclasses
 import re
@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from stpm.errors import RunDamagedError
-from stpm.evaluation.category import MasksAt, ScoredCategory
+from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
+from stpm.evaluation.charts import draw_charts, histogram_bins, roc_curves
 from stpm.evaluation.report import Report
 from stpm.method.preprocessing import Resize
-from stpm.metrics.category_metrics import METRICS
+from stpm.metrics.category_metrics import METRICS, measure_category
 from tests.conftest import make_preprocessing
-from tests.datasets import encode_image, write_rows
+from tests.datasets import encode_image, with_column, write_rows
 from tests.evaluation.runs import measured, result, scored_run
 
 PIXEL_METRICS = [name for name in METRICS if name.startswith("pixel")]
@@ -39,9 +39,7 @@ def resized(values: np.ndarray, shape: tuple[int, int], resampling: Image.Resamp
     return np.asarray(Image.fromarray(values).resize(shape[::-1], resampling)).ravel()
 
 
-def test_image_metrics_agree_with_sklearn_and_each_defect_type_is_measured_against_all_good_images(
-    tmp_path: Path,
-) -> None:
+def test_image_metrics_agree_with_sklearn_also_of_a_defect_type_and_all_good_images(tmp_path: Path) -> None:
     category = scored_run(tmp_path, types=("scratch", "dent"))
     metrics, rows = measured(category), rows_of(category)
     assert sorted(metrics.defects) == ["dent", "scratch"]
@@ -98,9 +96,7 @@ def test_the_pixels_that_the_model_sees_are_compared_at_either_size(
     ("options", "reason"),
     [({"masks": False}, "no masks"), ({"maps": False}, "no anomaly maps; score with --raw-maps")],
 )
-def test_without_masks_or_maps_pixel_metrics_are_undefined_without_a_failure(
-    tmp_path: Path, options: dict[str, bool], reason: str
-) -> None:
+def test_without_masks_or_maps_no_pixel_is_measured(tmp_path: Path, options: dict[str, bool], reason: str) -> None:
     metrics = measured(scored_run(tmp_path, **options))  # type: ignore[arg-type]
     assert metrics.values["image_auroc"] is not None
     assert metrics.undefined == dict.fromkeys(PIXEL_METRICS, reason)
@@ -115,9 +111,7 @@ def test_without_masks_or_maps_pixel_metrics_are_undefined_without_a_failure(
         (encode_image(np.zeros((10, 20), np.uint8)), "is 20×10, its image .*square/002.png 40×48"),
     ],
 )
-def test_an_unreadable_mask_is_a_problem_and_image_metrics_remain(
-    tmp_path: Path, content: bytes | None, problem: str
-) -> None:
+def test_an_unreadable_mask_is_a_problem_of_pixel_metrics(tmp_path: Path, content: bytes | None, problem: str) -> None:
     category = scored_run(tmp_path)
     mask = tmp_path / "data/nut/ground_truth/square/002_mask.png"
     mask.unlink() if content is None else mask.write_bytes(content)
@@ -179,13 +173,27 @@ def test_a_file_without_a_column_of_maps_is_damaged(tmp_path: Path) -> None:
         *((name, None, f"the row of .* has neither an error nor a {name}") for name in ("width", "score", "threshold")),
     ],
 )
-def test_a_wrong_value_of_a_scored_row_names_the_folder(
-    tmp_path: Path, column: str, value: object, problem: str
-) -> None:
+def test_a_wrong_value_of_a_row_names_the_folder(tmp_path: Path, column: str, value: object, problem: str) -> None:
     category = scored_run(tmp_path)
     rows = pq.read_table(Path(category.output.scores) / "seed-0_0.parquet")
-    index = rows.schema.get_field_index(column)
-    changed = pa.array([*rows[column].to_pylist()[:-1], value], rows.schema.field(column).type)
-    write_rows(category.output, rows.set_column(index, rows.schema.field(column), changed))
+    write_rows(category.output, with_column(rows, column, [*rows[column].to_pylist()[:-1], value]))
     with pytest.raises(RunDamagedError, match=rf"^{category.output.scores}: {problem}"):
         measured(category)
+
+
+def test_curves_have_the_area_of_their_metric(tmp_path: Path) -> None:
+    scores = read_scores(scored_run(tmp_path))
+    values = measure_category(scores).values
+    areas = {name: np.trapezoid(y, x) for name, (x, y) in roc_curves(scores).items()}
+    assert areas["image ROC"] == pytest.approx(values["image_auroc"])
+    assert areas["pixel ROC"] == pytest.approx(values["pixel_auroc"])
+    assert areas["PRO to 0.3"] / 0.3 == pytest.approx(values["pixel_aupro"])
+    # A chart that would be empty is not drawn.
+    assert draw_charts(read_scores(scored_run(tmp_path / "broken", broken=12)), {}, 0, "salt") == {}
+
+
+@pytest.mark.parametrize("scores", [[1e-6, 1e-3, 1.0], [0.5, 0.6, 0.7], [-1.0, 0.0, 5.0], [2.0, 2.0, 2.0]])
+def test_the_bins_hold_every_score_and_the_threshold(scores: list[float]) -> None:
+    edges, logarithmic = histogram_bins(np.array(scores, np.float32), threshold=2.0)
+    assert logarithmic == (scores[0] == 1e-6)
+    assert np.histogram(np.array([*scores, 2.0], np.float32), edges)[0].sum() == 4

@@ -1,13 +1,10 @@
 """Two scored runs compared: the pairs against a plain reference, and the job up to its page in a browser."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +22,7 @@ from stpm.options import Names
 from stpm.scoring.output import RunOutput
 from tests.browser import check_page, open_tab
 from tests.conftest import TINY
-from tests.datasets import make_output, write_rows
+from tests.datasets import make_output, with_column, write_rows
 from tests.evaluation.runs import scored_run
 from tests.jobs.test_evaluate import finish_run
 from tests.models.test_store import save
@@ -123,15 +120,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     other = RunOutput.named(str(root / "other"), "seed-0")
     shutil.copytree(output.folder, other.folder)
     finish_run(other, model_id, store.uri, 11)
-    turns = pa.array([i % 2 == 0 for i in range(len(rows))])
-    changed = rows.set_column(rows.schema.get_field_index("is_anomalous"), "is_anomalous", turns)
-    write_rows(other, changed.slice(1))
+    write_rows(other, with_column(rows, "is_anomalous", [i % 2 == 0 for i in range(len(rows))]).slice(1))
     return [output.folder, other.folder]
 
 
-def test_two_runs_are_compared_on_a_page(
-    folders: list[str], tmp_path: Path, browser: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_runs_on_a_page(folders: list[str], tmp_path: Path, browser: Any, caplog: pytest.LogCaptureFixture) -> None:
     page = tmp_path / "compare.html"
     assert run_compare(CompareOptions(run=folders, page=str(page))) == 0  # type: ignore[arg-type]
     (headline,) = (line.removeprefix("nut: ") for line in caplog.messages if line.startswith("nut: "))
@@ -155,9 +148,7 @@ def test_two_runs_are_compared_on_a_page(
     tab.close()
 
 
-def test_a_long_list_shows_its_first_images(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_list_shows_its_beginning(folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "_MAX_TILES", 1)
     page = tmp_path / "compare.html"
     assert run_compare(CompareOptions(run=folders, page=str(page))) == 0  # type: ignore[arg-type]

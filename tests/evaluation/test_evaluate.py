@@ -1,7 +1,5 @@
 """What a Ray task evaluates, and the report, without Ray."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,9 +21,7 @@ from tests.datasets import write_rows
 from tests.evaluation.runs import CALIBRATION, result, scored_run
 
 
-def test_a_category_is_evaluated_published_and_checked_against_the_gate(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_category_is_evaluated_published_and_gated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     category = scored_run(tmp_path / "scored")
     out = str(tmp_path / "report")
     found = evaluate_category(category.output, result("nut", 0, None, None).model, {}, CALIBRATION, "model")
@@ -59,9 +55,7 @@ def test_lost_and_doubled_rows_of_a_finished_run_are_not_evaluated(tmp_path: Pat
         evaluate_categories(output, [], ModelStore(str(tmp_path)), "model")
 
 
-def test_a_node_lost_during_the_evaluation_cuts_it_off_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_lost_during_evaluation_cuts_it_off_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = scored_run(tmp_path).output
     monkeypatch.setattr(ray, "get", Mock(side_effect=NodeDiedError("its node died")))
     with pytest.raises(RunInterruptedError, match=r"^evaluation was interrupted: its node died; finished work is kept"):

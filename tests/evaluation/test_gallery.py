@@ -1,11 +1,8 @@
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -13,7 +10,7 @@ from PIL import Image
 from stpm.evaluation import gallery
 from stpm.evaluation.gallery import galleries
 from stpm.method.scales import HeatmapScale
-from tests.datasets import write_rows
+from tests.datasets import with_column, write_rows
 from tests.evaluation.runs import measured, scored_run
 
 SCALE = HeatmapScale(0.1, 1.0)
@@ -28,8 +25,7 @@ def test_galleries_show_all_missed_defects_and_false_alarms(tmp_path: Path, monk
     category = scored_run(tmp_path)
     (file,) = category.output.files()
     table = pq.read_table(file)
-    flags = pa.array([i % 3 == 0 for i in range(12)])
-    write_rows(category.output, table.set_column(table.schema.get_field_index("is_anomalous"), "is_anomalous", flags))
+    write_rows(category.output, with_column(table, "is_anomalous", [i % 3 == 0 for i in range(12)]))
     rows = sorted(category.rows().to_pylist(), key=lambda row: row["score"])
     expected = {
         "Missed defects": [row for row in rows if row["label"] != "good" and not row["is_anomalous"]],

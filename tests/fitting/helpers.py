@@ -1,7 +1,5 @@
 """Helpers of the tests of fitting: images, and models fitted on them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

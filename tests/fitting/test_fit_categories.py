@@ -1,7 +1,5 @@
 """What happens before any worker starts; the test takes the place of the worker group."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -84,8 +82,10 @@ def test_a_model_that_storage_does_not_give_is_not_replaced(
     assert ModelStore(store).versions("nut") == before
 
 
-@pytest.mark.parametrize("file", ["student.safetensors", "memory.safetensors", "calibration.parquet", "fit.html"])
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize(
+    ("file", "cut"),
+    [("student.safetensors", True), ("memory.safetensors", False), ("calibration.parquet", True), ("fit.html", False)],
+)
 def test_damaged_model_is_reported_and_fitted_again(
     tmp_path: Path, fitted_keys: list[str], file: str, cut: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,9 +108,7 @@ def test_damaged_model_is_reported_and_fitted_again(
     assert len(fitted_keys) == 3
 
 
-def test_a_fit_that_is_started_again_reads_no_file_of_its_models_but_the_record(
-    tmp_path: Path, fitted_keys: list[str], tiny: Recipe
-) -> None:
+def test_a_fit_that_is_started_again_reads_records_alone(tmp_path: Path, fitted_keys: list[str], tiny: Recipe) -> None:
     store, names = tmp_path / "models", [f"nut{number}" for number in range(5)]
     data = categories(tmp_path, **dict.fromkeys(names, 8))
 

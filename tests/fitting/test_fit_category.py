@@ -1,11 +1,10 @@
 """One task from images to stored model, also after interruptions."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import Size
-from tests.conftest import MODELS, SETTINGS
+from tests.conftest import MODELS, SETTINGS, Killed
 from tests.datasets import make_category
 
 EVERY_EPOCH = dataclasses.replace(SETTINGS, checkpoint_seconds=0.0)
@@ -66,10 +65,6 @@ def checkpoints(task: FitTask) -> list[str]:
     return [uri for uri in storage.files(f"{task.store}/nut") if "checkpoint" in uri]
 
 
-class Killed(BaseException):
-    pass
-
-
 def fit_until(task: FitTask, number: int) -> None:
     """Fit, and die when this epoch is reported."""
 
@@ -82,17 +77,37 @@ def fit_until(task: FitTask, number: int) -> None:
     assert stored_model(task) is None
 
 
-@pytest.mark.parametrize("kind", ["student", "student and memory", "two views"])
-def test_interrupted_task_continues_to_the_same_bits(root: str, kind: str) -> None:
-    recipe = dataclasses.replace(MODELS[kind], epochs=4)
+@pytest.mark.parametrize(
+    ("kind", "folds", "dies"),
+    [
+        ("student", 0, "in epoch 3"),
+        ("student and memory", 0, "in epoch 3"),
+        ("two views", 0, "in epoch 3"),
+        ("memory", 2, "calibrating"),
+        ("two views", 2, "calibrating"),
+    ],
+)
+def test_interrupted_task_continues_to_the_same_bits(
+    root: str, kind: str, folds: int, dies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(MODELS[kind], epochs=4, calibration_folds=folds)
     undisturbed, task = task_in(root, recipe, "one"), task_in(root, recipe, "two")
-    fit(undisturbed)
-    fit_until(task, 3)
+    expected = fit(undisturbed)
+    if dies == "calibrating":
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_detector, "calibrate", Mock(side_effect=Killed))
+            with pytest.raises(Killed):
+                fit_category(task, EVERY_EPOCH, lambda message: None)
+        assert len(checkpoints(task)) == (recipe.student == "stpm")
+    else:
+        fit_until(task, 3)
     reported: list[Epoch | str] = []
-    fit(task, EVERY_EPOCH, reported)
-    assert [epoch.number for epoch in reported if isinstance(epoch, Epoch)] == [3, 4]
+    # The id is a digest of everything that scores, thresholds and heatmaps depend on.
+    assert fit(task, EVERY_EPOCH, reported).model_id == expected.model_id
+    epochs = [epoch.number for epoch in reported if isinstance(epoch, Epoch)]
+    assert epochs == ([] if dies == "calibrating" else [3, 4])
     assert contents(task) == contents(undisturbed)
-    assert len(contents(task)) == (3 if recipe.memory else 2)
+    assert len(contents(task)) == 1 + (recipe.student == "stpm") + bool(recipe.memory)
     assert not checkpoints(task)
     assert stored_model(task)
 
@@ -112,21 +127,22 @@ def test_damaged_or_foreign_checkpoint_is_ignored(root: str, tiny: Recipe, damag
     assert [epoch.number for epoch in reported if isinstance(epoch, Epoch)] == [1, 2, 3]
 
 
-def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path, any_model: Recipe) -> None:
-    task = task_in(tmp_path, any_model)
+def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path) -> None:
+    recipe = MODELS["student and memory"]
+    task = task_in(tmp_path, recipe)
     fit(task)
     assert stored_model(task)
     for changes in (
-        {"recipe": dataclasses.replace(any_model, epochs=9)},
-        {"recipe": dataclasses.replace(any_model, smoothing=2.0)},
+        {"recipe": dataclasses.replace(recipe, epochs=9)},
+        {"recipe": dataclasses.replace(recipe, smoothing=2.0)},
         {"teacher_digest": "other"},
         {"train": task.train[1:]},
     ):
         assert stored_model(dataclasses.replace(task, **changes)) is None
 
 
-def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, any_model: Recipe) -> None:
-    task = task_in(root, any_model)
+def test_image_replaced_by_one_of_the_same_name_and_size_is_noticed(root: str, tiny: Recipe) -> None:
+    task = task_in(root, tiny)
     before = fit(task)
     uri = task.train[3][0]
     data = storage.read(uri)
@@ -181,30 +197,6 @@ def test_stored_model_matches_its_recipe(tmp_path: Path, any_model: Recipe) -> N
     if any_model.memory:
         folded = dataclasses.replace(task, recipe=dataclasses.replace(any_model, calibration_folds=2))
         assert fit(folded).fit.calibration_count == len(ModelStore(task.store).load("nut").calibration.scores) == 8
-    assert not checkpoints(task)
-
-
-@pytest.mark.parametrize("kind", ["memory", "two views"])
-def test_a_fit_that_is_killed_while_it_calibrates_by_folds_gives_the_same_bits(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = dataclasses.replace(MODELS[kind], calibration_folds=2)
-    undisturbed, task = task_in(tmp_path, recipe, "one"), task_in(tmp_path, recipe, "two")
-    expected = fit(undisturbed)
-
-    def die(*_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_detector, "calibrate", die)
-        with pytest.raises(Killed):
-            fit_category(task, EVERY_EPOCH, lambda message: None)
-    assert len(checkpoints(task)) == (1 if recipe.student == "stpm" else 0)
-    trained: list[Epoch | str] = []
-    # The id is a digest of everything that scores, thresholds and heatmaps depend on.
-    assert fit(task, EVERY_EPOCH, trained).model_id == expected.model_id
-    assert not [each for each in trained if isinstance(each, Epoch)]
-    assert contents(task) == contents(undisturbed)
     assert not checkpoints(task)
 
 

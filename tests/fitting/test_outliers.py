@@ -1,7 +1,5 @@
 """Which good images a fit names, what its page shows, and what is left out by a list."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path
@@ -51,9 +49,7 @@ def names_of(warnings: list[FitWarning]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["student", "memory", "two views"])
-def test_alike_defects_among_good_images_are_named_and_shown_and_left_out_by_the_saved_list(
-    tmp_path: Path, kind: str, browser: Any
-) -> None:
+def test_alike_defects_are_named_shown_and_left_out_by_the_saved_list(tmp_path: Path, kind: str, browser: Any) -> None:
     task, reported = with_defects(tmp_path, MODELS[kind]), []
     record = fit(task, reported=reported)
     warnings = [each for each in reported if isinstance(each, FitWarning)]
@@ -84,7 +80,7 @@ def test_alike_defects_among_good_images_are_named_and_shown_and_left_out_by_the
 
 
 @pytest.mark.parametrize("ram", [0, 2**30])
-def test_scores_ignore_padding_and_thresholds_are_those_of_the_other_images(
+def test_scores_ignore_padding_and_thresholds_are_of_others(
     rng: np.random.Generator, features_of: FeaturesOf, ram: int
 ) -> None:
     pixels = rng.integers(90, 130, (12, 64, 64, 3), dtype=np.uint8)
@@ -125,7 +121,7 @@ def test_the_smallest_number_of_images_has_a_page_and_no_warning(tmp_path: Path,
         (None, {}, "no such text file"),
     ],
 )
-def test_a_list_leaves_out_the_images_that_it_names_and_no_others(
+def test_a_list_leaves_out_what_it_names(
     tmp_path: Path, lines: list[str] | None, left: dict[str, int], error: str
 ) -> None:
     root, file = f"{tmp_path}/data", tmp_path / "exclude.txt"

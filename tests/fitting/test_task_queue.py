@@ -1,7 +1,5 @@
 """The queue alone; the test takes the place of the workers."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from hypothesis import given

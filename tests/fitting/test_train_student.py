@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import dataclasses
 
@@ -109,9 +107,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert {learning_rate(Recipe(), step, 5) for step in range(500)} == {0.4}
 
 
-def test_gradient_does_not_depend_on_the_batch_size(
-    images: TrainingImages, tiny: Recipe, features_of: FeaturesOf
-) -> None:
+def test_gradient_depends_on_no_batch_size(images: TrainingImages, tiny: Recipe, features_of: FeaturesOf) -> None:
     """`loss_factor` multiplies the mean over a batch, so a batch with each image twice has the same gradient."""
     features = features_of(tiny)
     weights, teacher = train_on(features, tiny).student, features.teacher

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest
@@ -22,53 +20,43 @@ ONE, BIG = WorkerOptions(cpus_per_worker=1), {"CPU": 8.0}
 
 
 @pytest.mark.parametrize(
-    ("options", "nodes", "tasks", "workers", "use_gpu"),
+    ("options", "nodes", "tasks", "workers", "cpus"),
     [
-        (ONE, [BIG], 100, 8, False),
-        (ONE, [BIG], 3, 3, False),
-        (WorkerOptions(cpus_per_worker=4), [BIG], 100, 2, False),
+        (ONE, [BIG], 100, 8, 1),
+        (ONE, [BIG], 3, 3, 1),
+        (WorkerOptions(cpus_per_worker=4), [BIG], 100, 2, 4),
         # A worker is never split over two nodes: two nodes of three cores hold two workers of two.
-        (WorkerOptions(cpus_per_worker=2), [{"CPU": 3.0}, {"CPU": 3.0}], 100, 2, False),
-        (ONE, [{"CPU": 8.0, "GPU": 2.0}], 100, 2, True),
-        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 64.0, "GPU": 2.0}], 100, 8, True),
-        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 3.0, "GPU": 2.0}], 100, 3, True),
-        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.1), [{"CPU": 64.0, "GPU": 1.0}], 100, 10, True),
-        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0), [{"CPU": 4.0, "GPU": 2.0}], 100, 4, False),
-        (ONE, [{"CPU": 8.0, "GPU": 2.0}, BIG], 100, 2, True),
-        (WorkerOptions(workers=2, cpus_per_worker=1), [BIG], 100, 2, False),
+        (WorkerOptions(cpus_per_worker=2), [{"CPU": 3.0}, {"CPU": 3.0}], 100, 2, 2),
+        (ONE, [{"CPU": 8.0, "GPU": 2.0}], 100, 2, 1),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 64.0, "GPU": 2.0}], 100, 8, 1),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.25), [{"CPU": 3.0, "GPU": 2.0}], 100, 3, 1),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0.1), [{"CPU": 64.0, "GPU": 1.0}], 100, 10, 1),
+        (WorkerOptions(cpus_per_worker=1, gpus_per_worker=0), [{"CPU": 4.0, "GPU": 2.0}], 100, 4, 1),
+        (ONE, [{"CPU": 8.0, "GPU": 2.0}, BIG], 100, 2, 1),
+        (WorkerOptions(workers=2, cpus_per_worker=1), [BIG], 100, 2, 1),
         # More workers than tasks are never started.
-        (WorkerOptions(workers=9, cpus_per_worker=1), [BIG], 1, 1, False),
+        (WorkerOptions(workers=9, cpus_per_worker=1), [BIG], 1, 1, 1),
+        # CPUs are divided among workers that have tasks.
+        (WorkerOptions(), [{"CPU": 2.0}], 1, 1, 2),
+        (WorkerOptions(), [{"CPU": 2.0}], 2, 2, 1),
+        (WorkerOptions(), [BIG], 3, 3, 2),
+        (WorkerOptions(), [{"CPU": 64.0}], 1, 1, 8),
+        (WorkerOptions(workers=1), [BIG], 15, 1, 8),
+        (WorkerOptions(workers=8), [BIG], 1, 1, 8),
+        (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 3, 3, 1),
+        (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 2, 2, 3),
+        (WorkerOptions(), [{"CPU": 16.0, "GPU": 2.0}], 15, 2, 8),
+        (WorkerOptions(gpus_per_worker=0.25), [{"CPU": 16.0, "GPU": 2.0}], 15, 8, 2),
     ],
 )
 def test_workers_fill_the_nodes(
-    options: WorkerOptions, nodes: list[Resources], tasks: int, workers: int, use_gpu: bool
+    options: WorkerOptions, nodes: list[Resources], tasks: int, workers: int, cpus: int
 ) -> None:
-    found = scale(options, nodes, tasks)
-    assert (found.num_workers, found.use_gpu) == (workers, use_gpu)
-
-
-@pytest.mark.parametrize(
-    ("options", "nodes", "tasks", "cpus"),
-    [
-        (WorkerOptions(), [{"CPU": 2.0}], 1, 2),
-        (WorkerOptions(), [{"CPU": 2.0}], 2, 1),
-        (WorkerOptions(), [{"CPU": 2.0}], 15, 1),
-        (WorkerOptions(), [BIG], 3, 2),
-        (WorkerOptions(), [{"CPU": 64.0}], 1, 8),
-        (WorkerOptions(workers=1), [BIG], 15, 8),
-        (WorkerOptions(workers=8), [BIG], 1, 8),
-        (WorkerOptions(cpus_per_worker=3), [BIG], 1, 3),
-        (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 3, 1),
-        (WorkerOptions(), [{"CPU": 3.0}, {"CPU": 3.0}], 2, 3),
-        (WorkerOptions(), [{"CPU": 16.0, "GPU": 2.0}], 15, 8),
-        (WorkerOptions(gpus_per_worker=0.25), [{"CPU": 16.0, "GPU": 2.0}], 15, 2),
-        (WorkerOptions(), [{"CPU": 0.0}], 15, 1),
-    ],
-)
-def test_cpus_are_divided_among_workers_that_have_tasks(
-    options: WorkerOptions, nodes: list[Resources], tasks: int, cpus: int
-) -> None:
-    assert choose_worker_resources(options, nodes, tasks).cpus == cpus
+    resources, found = choose_worker_resources(options, nodes, tasks), scale(options, nodes, tasks)
+    assert (found.num_workers, resources.cpus) == (workers, cpus)
+    assert found.use_gpu == ("GPU" in nodes[0] and options.gpus_per_worker != 0)
+    # A cluster whose nodes are all still to come.
+    assert choose_worker_resources(options, [{"CPU": 0.0}], tasks).cpus == (options.cpus_per_worker or 1)
 
 
 @pytest.mark.parametrize(

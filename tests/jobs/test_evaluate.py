@@ -1,7 +1,5 @@
 """The evaluate job's steps and refusals, without Ray."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from contextlib import nullcontext
@@ -63,9 +61,7 @@ def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:
         evaluate(run=output.folder)
 
 
-def test_each_run_of_a_benchmark_that_moved_has_its_own_models(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_run_that_moved_has_its_own_models(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {}
     for seed in (0, 1):
         name = f"seed-{seed}"
@@ -117,23 +113,23 @@ def test_labels_without_a_model_are_failures_and_a_run_without_labels_is_reporte
         evaluate(run=output.folder)
 
 
-@pytest.mark.parametrize("content", ["{", '{"config": {}, "result": {}}'])
-def test_a_damaged_run_is_to_be_scored_again(tmp_path: Path, content: str) -> None:
-    output = scored_run(tmp_path).output
-    storage.publish(f"{output.state_folder}/run.json", content.encode())
-    with pytest.raises((OtherRunError, RunDamagedError), match=r"run\.json is .*; .*score its images again: "):
-        evaluate(run=output.folder)
-
-
-def test_a_damaged_file_of_rows_ends_the_evaluation_in_one_line(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", "{", r"run\.json is .*; .*score its images again: "),
+        ("run.json", '{"config": {}, "result": {}}', r"run\.json is .*; .*score its images again: "),
+        ("seed-0_1.parquet", "PAR1", r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"),
+    ],
+)
+def test_a_damaged_run_is_to_be_scored_again(
+    tmp_path: Path, tiny: Recipe, file: str, content: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = scored_run(tmp_path).output
-    store = ModelStore(str(tmp_path / "models"))
+    output, store = scored_run(tmp_path).output, ModelStore(str(tmp_path / "models"))
     finish_run(output, save(store, tiny).model_id, store.uri)
-    storage.publish(f"{output.scores}/seed-0_1.parquet", b"PAR1")
+    folder = output.state_folder if file == "run.json" else output.scores
+    storage.publish(f"{folder}/{file}", content.encode())
     monkeypatch.setattr(evaluate_job, "connected", nullcontext)
-    with pytest.raises(RunDamagedError, match=r"^/.*seed-0_1\.parquet is damaged: .*; restore the files, or score .*$"):
+    with pytest.raises((OtherRunError, RunDamagedError), match=message):
         evaluate(run=output.folder)
 
 

@@ -1,7 +1,5 @@
 """The nightly job without Ray: each image is scored by its name, two rows to a file."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

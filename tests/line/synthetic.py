@@ -1,7 +1,5 @@
 """Records of nights that no job wrote."""
 
-from __future__ import annotations
-
 import datetime
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Feedback from the job's options to the store, without Ray."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from stpm.method.recipe import Recipe
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
-from tests.conftest import MODELS
+from tests.conftest import MODELS, Killed
 from tests.datasets import make_category
 from tests.line.test_marks import write
 from tests.scoring.stages.helpers import nut_rows, score
@@ -60,10 +58,6 @@ class Plant:
         return self.store.load("nut").calibration
 
 
-class Killed(BaseException):
-    """Ends a command anywhere, as a kill does."""
-
-
 @pytest.fixture
 def plant(tmp_path: Path, fitted_keys: list[str], any_model: Recipe) -> Plant:
     plant = Plant(str(tmp_path), dataclasses.replace(any_model, held_out_fraction=0.4))
@@ -78,9 +72,7 @@ def student(tmp_path: Path, fitted_keys: list[str]) -> Plant:
     return plant
 
 
-def test_added_images_calibrate_as_scoring_scores_them(
-    plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_added_images_calibrate(plant: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture) -> None:
     before, uris = plant.store.record("nut"), plant.good(0, 1, 2)
     changing = ("calibration.parquet", "image_statistics.parquet")
     weights = {name: digest for name, digest in before.files.items() if name not in changing}
@@ -123,9 +115,7 @@ def test_added_images_calibrate_as_scoring_scores_them(
     assert fitted_keys == []
 
 
-def test_feedback_is_cumulative_and_the_same_image_counts_once(
-    root: str, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_feedback_adds_up_each_image_once(root: str, fitted_keys: list[str], caplog: pytest.LogCaptureFixture) -> None:
     student = Plant(root, MODELS["student"])
     fitted = student.store.record("nut")
     copied = f"{root}/copy.png"
@@ -194,9 +184,7 @@ def test_what_cannot_be_added_is_said_and_left_out(student: Plant, caplog: pytes
     assert len(student.store.versions("nut").previous) == 1
 
 
-def test_a_decided_threshold_stays_and_a_new_model_begins_without_it(
-    student: Plant, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_decided_threshold_stays_but_not_in_a_new_model(student: Plant, caplog: pytest.LogCaptureFixture) -> None:
     assert run_models(ModelsOptions(student.store.uri, threshold=Names(["nut=0.125"]), by="ann")) == 0
     decided = student.store.record("nut")
     assert student.add(student.good(0, 1)) == 0
@@ -247,7 +235,7 @@ def test_feedback_that_is_cut_off_changes_nothing_and_is_completed(
     assert [each.uri for each in student.store.load("nut").record.added_images] == student.good(0)
 
 
-def test_a_fit_reuses_a_model_with_added_images_until_its_images_change(
+def test_a_fit_reuses_a_model_with_added_images(
     student: Plant, fitted_keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     student.add(student.good(0, 1))

@@ -1,7 +1,5 @@
 """A short version of bench/healthy_year.py."""
 
-from __future__ import annotations
-
 import pytest
 
 from bench.healthy_year import Trial, find, healthy_year, trials

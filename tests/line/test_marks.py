@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Sequence
@@ -109,9 +107,7 @@ def test_an_image_that_is_good_and_something_else_is_refused(tmp_path: Path) -> 
         ("nowhere.jsonl", None, "this table cannot be read"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_one_error(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_an_unreadable_table_is_one_error(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):

@@ -1,8 +1,7 @@
 """Records of nights from rows, with the verdicts of `verdict.judge` itself."""
 
-from __future__ import annotations
-
 import datetime
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,22 @@ import pytest
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.jobs.models import run_models
+from stpm.line import rows as rows_module
 from stpm.line.night import Night
 from stpm.line.night_folder import NightFolder
 from stpm.line.night_record import make_record
 from stpm.line.options import MonitoringOptions, NightlyOptions
+from stpm.line.rows import read_rows
 from stpm.line.score_nights import NightlyJob
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 from stpm.scoring.inputs.manifest import write_manifest
 from stpm.scoring.options import OutputOptions, ScoreOptions
+from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import RunState, ScoringConfig
 from tests.conftest import TINY
+from tests.datasets import write_rows
 from tests.line.nightly_runs import DATE, output_rows
 from tests.models import test_store
 
@@ -62,7 +65,7 @@ class Nights:
             state.start(ScoringConfig(("/no/dump",), 0.25))
             state.bind_models({} if model_id else {category: self.model_id}, self.store.uri)
             table = pa.Table.from_pylist(rows, schema=output_rows([]).schema)
-            storage.publish(f"{output.scores}/{output.name}_0.parquet", storage.encode_parquet(table), durable=False)
+            write_rows(output, table)
             write_manifest([], output.manifest)
         made = make_record(self.job, folder, self.nights, problem)
         self.nights.append(made)
@@ -93,10 +96,8 @@ def test_equal_nights_are_fine_and_a_change_is_named(nights: Nights) -> None:
 
 
 def test_a_night_expects_the_false_alarms_of_a_decided_threshold(nights: Nights) -> None:
-    assert (nights.add(300).categories["nut"].false_alarm_rate, nights.nights[0].categories["nut"].decision) == (
-        0.25,
-        "",
-    )
+    before = nights.add(300).categories["nut"]
+    assert (before.false_alarm_rate, before.decision) == (0.25, "")
     # Of three calibration scores, two are above.
     run_models(ModelsOptions(nights.store.uri, threshold=Names(["nut=0.3"]), by="ann"))
     nights.model_id = nights.store.record("nut").model_id
@@ -146,3 +147,56 @@ def test_a_model_that_was_removed_is_named_while_images_come(nights: Nights) -> 
     # A product that is no longer made leaves the page. None of one earlier night may be chance.
     assert [reasons(nights.add(0)) for _ in range(30)] == [("fine", [])] * 30
     assert nights.add(0).categories == {}
+
+
+KINDS = ("empty", "damaged", "no_model")
+
+
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Make rows of three categories, some with an error."""
+    rng = np.random.default_rng(seed)
+    uris = [f"s3://dump/{seed}/{number}.png" for number in range(count)]
+    rows = output_rows(
+        [
+            {"image_id": int(rng.integers(-(2**62), 2**62)), "uri": uri, "category": f"c{rng.integers(3)}"}
+            for uri in uris
+        ]
+    ).to_pylist()
+    nulls = dict.fromkeys(("score", "p_value", "is_anomalous", *COMPARED))
+    for row in rows:
+        if rng.random() < 0.3:
+            row.update(nulls, error_kind=str(rng.choice(KINDS)), error_message=row["uri"], model_id="")
+        else:
+            row["model_id"] = str(rng.choice(["old", "new", "new"]))
+    return rows
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> RunOutput:
+    output, table = RunOutput.named(str(folder), name), pa.Table.from_pylist(rows, schema=output_rows([]).schema)
+    for start in range(0, len(rows), size):
+        write_rows(output, table.slice(start, size), start)
+    return output
+
+
+@pytest.mark.parametrize("batch", [7, 100_000])
+def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_BATCH", batch)
+    monkeypatch.setattr(rows_module, "SAMPLE", 20)
+    first, second = make_rows(200, 0), make_rows(30, 1)
+    categories, found = read_rows([write(tmp_path, "001", first, 13), write(tmp_path, "002", second, 30)])
+    assert sorted(categories) == ["c0", "c1", "c2"]
+    for name, counted in categories.items():
+        own = [row for row in first + second if row["category"] == name]
+        scored = sorted((row for row in own if not row["error_kind"]), key=lambda row: int(row["image_id"]))
+        assert (counted.images, counted.alarms) == (len(own), sum(row["is_anomalous"] for row in scored))
+        assert counted.errors == Counter(row["error_kind"] for row in own if row["error_kind"])
+        assert counted.models == Counter(row["model_id"] for row in scored)
+        p_values, statistics = counted.sample()
+        np.testing.assert_array_equal(p_values, np.array([row["p_value"] for row in scored[:20]], np.float32))
+        assert list(statistics) == list(COMPARED)
+        for column, values in statistics.items():
+            np.testing.assert_array_equal(values, np.array([row[column] for row in scored[:20]], np.float32))
+    examples = Counter(example.kind for example in found)
+    assert examples == dict.fromkeys(KINDS, 3)
+    assert [example.kind for example in found] == sorted(examples.elements())
+    assert read_rows([RunOutput.named(str(tmp_path), "003")]) == ({}, ())

@@ -1,14 +1,14 @@
 """The webhook against a real server on this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,7 @@ def test_the_message_arrives_once_signed_and_with_the_users_credentials(server: 
     assert headers.get(SIGNATURE) == (expected if key else None)
 
 
-def test_a_url_without_a_user_sends_no_credentials_of_netrc(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_credentials_of_netrc_are_sent(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text("default login anybody password SECRET\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     post(f"http://127.0.0.1:{server.server_port}/hooks", BODY, "")
@@ -83,29 +81,23 @@ def test_a_url_without_a_user_sends_no_credentials_of_netrc(
     assert "Authorization" not in headers
 
 
-def test_temporary_failures_are_tried_again(server: Server) -> None:
-    server.answers = [503, 429, 0]
-    post(server.url, BODY, "k", timeout=0.2, pause=0.01)
-    assert len(server.received) == 4
-
-
 @pytest.mark.parametrize(
     ("answers", "tries", "reason"),
     [
+        ([503, 429, 0], 4, ""),
         ([500] * 9, 4, "it answered 500"),
         ([404], 1, "it answered 404"),
         ([302], 1, "it answered 302"),
         ([0] * 9, 4, "it did not answer in time"),
     ],
 )
-def test_a_server_that_refuses_or_hangs_is_named_without_secrets(
+def test_temporary_failures_are_tried_again_others_named(
     server: Server, answers: list[int], tries: int, reason: str
 ) -> None:
-    server.answers = answers
-    with pytest.raises(WebhookError) as caught:
+    server.answers = answers.copy()
+    refused = f"the webhook at http://127.0.0.1:{server.server_port}/... did not take the message: {reason}"
+    with pytest.raises(WebhookError, match=f"^{re.escape(refused)}$") if reason else nullcontext():
         post(server.url, BODY, "k", timeout=10 if all(answers) else 0.2, pause=0.01)
-    host = f"http://127.0.0.1:{server.server_port}"
-    assert str(caught.value) == f"the webhook at {host}/... did not take the message: {reason}"
     assert len(server.received) == tries
 
 

@@ -1,7 +1,5 @@
 """The method's equations against plain numpy, written from the paper."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -76,9 +74,7 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
 
 
 @given(boxes(), st.integers(1, 16), st.integers(1, 16))
-def test_content_mask_marks_positions_with_centre_on_image(
-    case: tuple[tuple[int, int], list[int]], rows: int, columns: int
-) -> None:
+def test_content_mask_marks_centres_on_image(case: tuple[tuple[int, int], list[int]], rows: int, columns: int) -> None:
     input_shape, (left, top, right, bottom) = case
     mask = content_mask(torch.tensor([case[1]], dtype=torch.int32), input_shape, (rows, columns))[0].numpy()
     assert mask.any()

@@ -1,7 +1,5 @@
 """Features by OpenVINO against those by PyTorch."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The distances of images from other images, against a plain computation image by image."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -52,7 +50,7 @@ def test_distances_are_those_of_a_plain_computation(
     assert torch.equal(first, second)
 
 
-def test_many_images_are_compared_with_some_that_the_seed_chooses(
+def test_many_images_are_compared_with_some_at_random(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outliers, "_MAX_REFERENCES", 5 * 30)
@@ -84,12 +82,10 @@ def test_images_that_are_all_alike_have_finite_distances(odd: int) -> None:
     assert bool(distances.any()) == bool(odd)
 
 
-def test_a_score_is_the_mean_of_the_largest_quarter() -> None:
+def test_a_score_is_the_mean_of_the_largest_quarter_and_few_lie_far() -> None:
     assert score_images(torch.tensor([[1.0, 9, 2, 5, 3, 4, 7, 8], [0, 0, 0, 0, 0, 0, 0, 4]])).tolist() == [8.5, 2.0]
     assert score_images(torch.tensor([[3.0, 1], [2, 5]])).tolist() == [3.0, 5.0]
-
-
-def test_no_image_of_an_even_spread_lies_far() -> None:
+    # None of an even spread lies far.
     spread = torch.linspace(1, 2, 40)
     assert not lies_far(spread).any()
     assert not lies_far(torch.ones(40)).any()

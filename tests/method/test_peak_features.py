@@ -1,7 +1,5 @@
 """The vector of a peak against descriptors of whole maps."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

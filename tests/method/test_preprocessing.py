@@ -1,7 +1,5 @@
 """Geometry of the input: the part of an image that a model sees, and its box in the input."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 
@@ -62,9 +60,7 @@ def test_fit_stretches_within_10_percent_or_keeps_proportions(height: int, width
 
 
 @given(RESIZES, SIDES, SIDES, st.integers(1, 512), st.integers(0, 512))
-def test_picture_size_keeps_proportions_within_limits(
-    resize: Resize, across: int, down: int, shorter: int, more: int
-) -> None:
+def test_picture_size_keeps_proportions(resize: Resize, across: int, down: int, shorter: int, more: int) -> None:
     made = make_preprocessing(256, 192, resize)
     width, height = made.picture_size(across, down, shorter, shorter + more)
     left, top, right, bottom = made.source_box(across, down)
@@ -98,9 +94,7 @@ def test_padding_colour_is_zero_after_normalisation_and_batches_of_large_images_
         ([(100, 400), (400, 100), (200, 200)], (256, 256)),
     ],
 )
-def test_choose_input_shape_follows_median_image_within_budget(
-    sizes: list[tuple[int, int]], expected: tuple[int, int]
-) -> None:
+def test_choose_input_shape_follows_the_median_image(sizes: list[tuple[int, int]], expected: tuple[int, int]) -> None:
     assert choose_input_shape(sizes, 163_840) == expected
 
 
@@ -156,7 +150,5 @@ def test_size_is_written_height_by_width_and_refuses_other_text() -> None:
         ((4096, 128), (1088, 32)),
     ],
 )
-def test_a_coarse_view_has_about_its_pixels_and_at_most_half_of_the_fine_ones(
-    shape: tuple[int, int], coarse: tuple[int, int] | None
-) -> None:
+def test_a_coarse_view_has_at_most_half_of_the_pixels(shape: tuple[int, int], coarse: tuple[int, int] | None) -> None:
     assert choose_coarse_shape(shape, 36_864) == coarse

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -66,11 +64,8 @@ def test_recipe_refuses_values_out_of_range(field: str, values: list[Any]) -> No
 def test_recipe_refuses_contradictions(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe(**changes)
-
-
-def test_recipe_ignores_memory_levels_without_memory() -> None:
+    # Without a memory, its levels do not matter.
     assert Recipe(levels=Integers((1,)), memory_levels=Integers((2,))).memory == 0
-    assert Recipe(student="none", memory=1, fusion="quantile").student == "none"
 
 
 def test_for_image_count_raises_epochs_to_reach_min_steps() -> None:

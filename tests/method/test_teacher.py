@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -34,9 +32,7 @@ def test_backends_agree_on_anomaly_maps() -> None:
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-3, atol=1e-5)
 
 
-def test_pytorch_computes_what_openvino_cannot(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pytorch_computes_what_it_cannot(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(*_: object) -> None:
         raise ModelError("OpenVINO cannot compile test_resnet: unknown operation")
 

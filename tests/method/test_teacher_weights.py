@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +95,7 @@ def test_load_teacher_weights_names_missing_file_architecture_and_levels() -> No
         load_teacher_weights("resnet18", "random", (1, 9))
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_absent_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """The hub's client would try for a minute, and print each try."""
     # Nobody listens there.
     monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -21,7 +19,7 @@ from tests.conftest import make_preprocessing
         ("demo", (1, 3), (1, 3)),
     ],
 )
-def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
+def test_levels_with_many_channels_or_names_have_banks(
     teacher: str, named: tuple[int, ...], levels: tuple[int, ...]
 ) -> None:
     recipe = dataclasses.replace(PRESETS["default"], teacher=teacher, memory_levels=Integers(named))
@@ -38,9 +36,7 @@ def test_levels_with_many_channels_have_banks_unless_the_recipe_names_levels(
         ("maxvit_tiny_rw_224", (1, 2), (False, 32, True)),
     ],
 )
-def test_levels_are_described_without_weights(
-    teacher: str, levels: tuple[int, ...], known: tuple[bool, int, bool]
-) -> None:
+def test_levels_are_told_without_weights(teacher: str, levels: tuple[int, ...], known: tuple[bool, int, bool]) -> None:
     assert describe_levels(teacher, levels)[1:] == known
 
 

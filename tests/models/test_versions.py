@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""Versions against a plain list of ids and the place of the current one."""
 
 import pytest
 from hypothesis import given
@@ -8,76 +8,31 @@ from stpm.errors import ModelError
 from stpm.models.versions import Version, Versions
 
 
-def version(model_id: str) -> Version:
-    return Version(model_id, f"images of {model_id}")
-
-
-def ids(versions: Versions) -> tuple[str, str, str]:
-    """Return the ids before, at and after the current model, one letter each."""
-    parts = versions.previous, (versions.current,), versions.next
-    before, current, after = ("".join(each.model_id for each in part) for part in parts)
-    return before, current, after
-
-
-def published(letters: str) -> Versions:
-    versions = Versions(version(letters[0]))
-    for letter in letters[1:]:
-        versions = versions.publish(version(letter))
-    return versions
-
-
-def test_two_roll_backs_go_two_back_and_forward_again() -> None:
-    versions = published("abc")
-    assert ids(versions) == ("ab", "c", "")
-    assert ids(versions.roll_back()) == ("a", "b", "c")
-    assert ids(versions.roll_back().roll_back()) == ("", "a", "bc")
-    assert versions.roll_back().roll_back().roll_forward().roll_forward() == versions
-    assert versions.roll_back().current == version("b")
-    with pytest.raises(ModelError, match="no model was current before a"):
-        versions.roll_back().roll_back().roll_back()
-    with pytest.raises(ModelError, match="no model was rolled back since c became current"):
-        versions.roll_forward()
-
-
-def test_a_new_model_after_a_roll_back_takes_the_place_of_those_rolled_back() -> None:
-    versions = published("abc").roll_back().publish(version("d"))
-    assert ids(versions) == ("ab", "d", "")
-    assert ids(versions.roll_back()) == ("a", "b", "d")
-    assert "rolled back (c): --roll-forward no" in published("abc").roll_back().describe_replaced("d")
-
-
-def test_the_same_model_again_adds_no_version() -> None:
-    versions = published("ab").roll_back()
-    again = versions.publish(Version("a", "the same images, uploaded again"))
-    assert ids(again) == ("", "a", "b")
-    assert again.current.data_fingerprint == "the same images, uploaded again"
-    assert versions.describe_replaced("b") == ""
-    # Back to an earlier model by fitting is a version of its own.
-    assert ids(published("aba").roll_back()) == ("a", "b", "a")
-
-
-def test_positions_and_what_is_forgotten() -> None:
-    versions = published("abcd").roll_back()
-    assert [versions.position(letter) for letter in "abcdx"] == ["2 before", "1 before", "current", "1 after", ""]
-    assert ids(versions.forget(1)) == ("b", "c", "d")
-    assert ids(versions.forget(9)) == ids(versions)
-
-
-@given(st.lists(st.sampled_from(["publish", "back", "forward"]), max_size=12))
-def test_moving_never_loses_a_version_and_back_undoes_forward(steps: list[str]) -> None:
-    versions, number = published("a"), 0
-    for step in steps:
-        before = versions
-        if step == "publish":
-            number += 1
-            versions = versions.publish(version(f"<{number}>"))
-            assert versions.current == version(f"<{number}>")
-        elif step == "back" and versions.previous:
-            versions = versions.roll_back()
-            assert versions.roll_forward() == before
-        elif step == "forward" and versions.next:
-            versions = versions.roll_forward()
-            assert versions.roll_back() == before
-        everything = (*versions.previous, versions.current, *versions.next)
-        if step != "publish":
-            assert {*before.previous, before.current, *before.next} <= {*everything}
+@given(st.lists(st.sampled_from(["back", "forward", *"abcd"]), max_size=12), st.integers(1, 3))
+def test_versions_are_a_list_with_a_place(steps: list[str], keep: int) -> None:
+    versions, ids, at = Versions(Version("a", "")), ["a"], 0
+    for number, step in enumerate(steps):
+        if step == "back" and not at:
+            with pytest.raises(ModelError, match=f"no model was current before {ids[at]}"):
+                versions.roll_back()
+        elif step == "forward" and at == len(ids) - 1:
+            with pytest.raises(ModelError, match=f"no model was rolled back since {ids[at]} became current"):
+                versions.roll_forward()
+        elif step in ("back", "forward"):
+            versions, at = (versions.roll_back(), at - 1) if step == "back" else (versions.roll_forward(), at + 1)
+        else:
+            lost = [each for each in ids[at + 1 :] if each not in (step, *ids[: at + 1])]
+            replaced = versions.describe_replaced(step)
+            assert f"rolled back ({', '.join(lost)}): --roll-forward no" in replaced if lost else not replaced
+            # The same model again may have been fitted on images that were uploaded again.
+            versions = versions.publish(Version(step, f"images {number}"))
+            assert versions.current.data_fingerprint == f"images {number}"
+            if step != ids[at]:
+                ids, at = [*ids[: at + 1], step], at + 1
+        assert [each.model_id for each in versions.every] == ids
+        assert versions.current.model_id == ids[at]
+    kept = versions.forget(keep)
+    assert [each.model_id for each in kept.every] == ids[max(at - keep, 0) :]
+    places = {each: f"{i + 1} after" for i, each in reversed([*enumerate(ids[at + 1 :])])}
+    places |= {each: f"{at - i} before" for i, each in enumerate(ids[:at])} | {ids[at]: "current"}
+    assert [versions.position(each) for each in (*places, "x")] == [*places.values(), ""]

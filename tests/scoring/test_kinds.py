@@ -1,7 +1,5 @@
 """Kinds of alarms: blobs are found, and neither the order of rows nor their number matters."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,9 +19,7 @@ def blobs(sizes: list[int], seed: int = 0, noise: float = 0.05) -> tuple[np.ndar
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 1000), st.sampled_from([0.05, 1.0, 30.0]))
-def test_any_alarms_in_any_order_have_the_same_kinds_by_size_none_with_unlike_ones(
-    sizes: list[int], seed: int, noise: float
-) -> None:
+def test_any_alarms_in_any_order_have_the_same_kinds_of_like_ones(sizes: list[int], seed: int, noise: float) -> None:
     vectors, _ = blobs(sizes, seed, noise) if sizes else (np.zeros((0, 64), np.float32), None)
     names = [f"{i:03}.png" for i in range(len(vectors))]
     kinds = find_kinds(vectors, names)
@@ -39,13 +35,10 @@ def test_any_alarms_in_any_order_have_the_same_kinds_by_size_none_with_unlike_on
         assert all(distances[kinds == one][:, kinds == other].max() > 0.8 - 1e-5 for other in range(one))
 
 
-def test_blobs_are_kinds_and_one_alone_is_none() -> None:
+def test_blobs_are_kinds_also_of_more_alarms_than_are_compared_and_one_alone_is_none() -> None:
     vectors, blob = blobs([5, 1, 12, 5])
     kinds = find_kinds(vectors, [f"{i:02}" for i in range(len(vectors))])
     assert kinds.tolist() == [{0: 1, 1: -1, 2: 0, 3: 2}[each] for each in blob]
-
-
-def test_more_alarms_than_are_compared_join_the_kinds_of_those_or_none() -> None:
     # Two kinds, one after the other, and two alarms that are not compared with each other.
     vectors, blob = blobs([COMPARED - 700, COMPARED + 200, 2])
     kinds = find_kinds(vectors, [str(i) for i in range(len(vectors))])

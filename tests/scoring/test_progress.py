@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 from unittest.mock import Mock
 
@@ -19,9 +17,7 @@ from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from tests.conftest import Clock
 
 
-def test_progress_is_a_line_at_each_update_on_a_terminal_and_every_five_seconds_in_a_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_progress_is_a_line_each_update_or_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
     shown: list[str] = []
     clock = Clock()
     for display in (ProgressDisplay(1000, shown.append, clock), ProgressDisplay(1000, None, clock)):
@@ -42,13 +38,19 @@ def test_progress_is_a_line_at_each_update_on_a_terminal_and_every_five_seconds_
     assert shown[-1] == "500/1000 images, 2 errors, 1 anomalous, 50 images/s, about 10 s left"
 
 
-def test_a_node_with_other_versions_than_the_run_began_with_is_a_warning() -> None:
-    actor = ProgressActor(versions={"torch": "1.0"})
-    for node, version in (("10.0.0.1", "1.0"), ("10.0.0.2", "2.0"), ("10.0.0.3", "2.0")):
+def test_nodes_with_other_versions_than_the_run_began_with_are_a_warning_each() -> None:
+    actor = ProgressActor(versions={"torch": "1.0", "openvino": "5"})
+    nodes = [("1.0", {"openvino": "5"}), ("2.0", {"pillow": "9"}), ("2.0", {"pillow": "9"}), ("3.0", {"openvino": "5"})]
+    for number, (torch, others) in enumerate(nodes):
         for stage in ("decode", "score"):
-            actor.add(BatchReport(stage, RunStatistics(), origin=NodeVersions(node, {"torch": version})))
-    (warning,) = actor.read().warnings
-    assert warning.startswith("this run began with torch 1.0, but node 10.0.0.2 has torch 2.0: ")
+            versions = NodeVersions(f"10.0.0.{number}", {"torch": torch} | others)
+            actor.add(BatchReport(stage, RunStatistics(), origin=versions))
+    both, torch_alone = actor.read().warnings
+    assert both == (
+        "this run began with torch 1.0, openvino 5, pillow missing, but node 10.0.0.1 has torch 2.0, openvino missing, "
+        "pillow 9: results may differ slightly. Install deploy/constraints.txt on all nodes"
+    )
+    assert torch_alone.startswith("this run began with torch 1.0, but node 10.0.0.3 has torch 3.0: ")
 
 
 def test_progress_actor_stops_the_run_once_most_of_the_latest_images_of_a_stage_failed() -> None:

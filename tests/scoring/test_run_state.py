@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import json
 from itertools import product
@@ -15,7 +13,6 @@ from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import CategoryCounts, RunResult, RunStatistics
 
 CONFIG = ScoringConfig(("s3://a", "s3://b"), 0.01, category="nut")
-MODELS = {"nut": "nut-1", "bolt": "bolt-1"}
 
 
 @pytest.fixture
@@ -44,22 +41,6 @@ def test_a_run_differs_from_each_other_configuration(state: RunState, tmp_path: 
     ]
     for known, (changes, differences) in product((state, RunState(str(tmp_path))), others):
         assert known.config_differences(dataclasses.replace(CONFIG, **changes)) == differences
-
-
-def test_a_run_is_bound_to_its_models(state: RunState, tmp_path: Path) -> None:
-    state.start(CONFIG)
-    assert state.model_differences(MODELS) == []
-    state.bind_models(MODELS, "store")
-    written = (tmp_path / "run.json").stat()
-    state.bind_models(MODELS, "store")
-    assert (tmp_path / "run.json").stat() == written
-    assert state.model_differences(MODELS) == []
-    assert state.model_differences({"nut": "nut-2"}) == [
-        "nut was 'nut-1' and is 'nut-2'",
-        "bolt was 'bolt-1' and is None",
-    ]
-    state.bind_models(MODELS, "elsewhere")
-    assert RunState(str(tmp_path)).store_and_model_ids() == ("elsewhere", MODELS)
 
 
 def test_a_finished_run_has_a_result_and_a_success_file_until_it_is_cleared(state: RunState, tmp_path: Path) -> None:
@@ -120,7 +101,7 @@ def test_a_run_json_of_another_program_is_refused(state: RunState, tmp_path: Pat
 )
 def test_a_value_of_another_type_is_reported(state: RunState, tmp_path: Path, path: str, value: object) -> None:
     state.start(CONFIG)
-    state.bind_models(MODELS, "store")
+    state.bind_models({"nut": "nut-1"}, "store")
     state.write(dataclasses.replace(state.record, triage_images=50, arithmetic=Arithmetic()))
     state.finish(RunResult(10))
     values = json.loads((tmp_path / "run.json").read_text())

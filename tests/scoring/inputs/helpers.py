@@ -1,7 +1,5 @@
 """Manifest rows as dictionaries, and tables to make them from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 import os
 import tarfile
@@ -129,9 +127,7 @@ def test_a_uri_is_allowed_under_a_prefix_only_by_default_the_tables_own_bucket_o
         assert not check_allowed([uri], [allowed]) if ".." not in uri else refused.endswith("see --allow")
 
 
-def test_a_table_whose_own_name_goes_up_may_name_what_is_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_whose_name_goes_up_may_name_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("jobs", "data"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "jobs")
@@ -158,9 +154,7 @@ def test_a_pattern_describes_paths_of_images_and_no_others(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.parquet", "shard.tar"])
-def test_a_clients_own_exception_is_an_error_of_the_source(
-    memory: str, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_clients_exception_is_an_error_of_the_source(memory: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     class HttpError(Exception):
         __module__ = "gcsfs.retry"
 

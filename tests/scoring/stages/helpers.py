@@ -1,7 +1,5 @@
 """A data set with three fitted categories, and the stages as plain functions from table to table: no Ray runs here."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,12 +10,10 @@ import pyarrow as pa
 
 from stpm.data import mvtec
 from stpm.data.image_files import ImageRef
-from stpm.fitting.fit_category import fit_category, last_teacher
-from stpm.fitting.task import FitTask
+from stpm.fitting.fit_category import last_teacher
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
-from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.scoring.inputs.manifest import ManifestRow, labelled_rows, make_rows
@@ -27,7 +23,7 @@ from stpm.scoring.progress import ProgressReporter
 from stpm.scoring.stages.decode import Decode
 from stpm.scoring.stages.draw_heatmaps import DrawHeatmaps
 from stpm.scoring.stages.scorer import Scorer
-from tests.conftest import MODELS, SETTINGS, TINY, make_preprocessing
+from tests.conftest import MODELS, fit_model, make_preprocessing
 from tests.datasets import make_category
 
 # One model of each kind: the scorer has to keep them apart in a mixed batch.
@@ -45,12 +41,7 @@ def make_run(root: Path) -> None:
 
 def fit(root: Path, name: str, recipe: Recipe) -> ModelRecord:
     """Fit a category of the data set in a folder, and store its model in the same folder."""
-    store = ModelStore(str(root / "models"))
-    digest = store.put_teacher(load_teacher_weights(TINY.teacher, TINY.teacher_weights, TINY.levels))
-    category = mvtec.read_category(str(root / "data"), name)
-    task = FitTask(name, category.train, recipe, store.uri, digest, category.roi, category.rois)
-    record = fit_category(task, SETTINGS, lambda event: None).record
-    assert record
+    record = fit_model(root / "data", root / "models", name, recipe)
     # No scorer runs in the process of a fit, which keeps its teacher.
     last_teacher.cache_clear()
     return record

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from stpm.scoring.stages.batch_size import BatchSize
 
 

@@ -1,10 +1,15 @@
-from __future__ import annotations
+"""Decoding, here and in a child process."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -13,9 +18,13 @@ from stpm.data import decoding, image_files, mvtec
 from stpm.data.decoding import Decoded
 from stpm.data.image_files import ImageRef
 from stpm.data.image_statistics import COMPARED
+from stpm.errors import ImageError
 from stpm.models.store import ModelStore
-from stpm.scoring.schema import MANIFEST
+from stpm.scoring.stages import decode as decode_stage
 from stpm.scoring.stages.decode import Decode
+from stpm.scoring.stages.decoding_child import check_in_child
+from tests.conftest import make_preprocessing
+from tests.datasets import CRASHING_SITECUSTOMIZE, crashing_image, encode_image, with_column
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, nut_rows
 
 
@@ -55,9 +64,7 @@ def test_an_image_that_hangs_while_it_is_decoded_takes_no_other_with_it(
     assert out["error_kind"].to_pylist() == ["decode_timeout" if i in (0, 5) else "" for i in range(12)]
 
 
-def test_images_are_decoded_one_at_a_time_and_the_wait_for_that_has_no_limit(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_decoded_one_at_a_time_with_no_limit_to_the_wait(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more of them are fetched at the same time than `fetchers`."""
     fetching = threading.BoundedSemaphore(3)
     read_small = image_files.read_small
@@ -95,10 +102,7 @@ def test_a_large_file_is_fetched_when_it_is_its_turn(run: Path, monkeypatch: pyt
 
 
 def test_a_row_with_an_error_is_not_read_and_has_no_statistics(run: Path, tmp_path: Path) -> None:
-    rows = manifest(run).slice(0, 1)
-    refused = pa.array(["not_allowed"])
-    rows = rows.set_column(MANIFEST.get_field_index("error_kind"), MANIFEST.field("error_kind"), refused)
-    (row,) = decode(rows).to_pylist()
+    (row,) = decode(with_column(manifest(run).slice(0, 1), "error_kind", ["not_allowed"])).to_pylist()
     assert (row["error_kind"], row["pixels"], row["bytes"]) == ("not_allowed", b"", None)
     (row,) = decode(nut_rows([str(tmp_path / "missing.png")])).select(COMPARED).to_pylist()
     assert set(row.values()) == {None}
@@ -111,3 +115,39 @@ def test_statistics_are_those_that_fitting_stored_of_the_same_images(run: Path) 
     found = decode(nut_rows(uris)).select(COMPARED)
     assert found.cast(stored.schema).equals(stored)
     assert len(set(stored["brightness"].to_pylist())) == len(uris)
+
+
+IMAGE = encode_image(np.full((20, 30, 3), 100, np.uint8))
+
+
+def test_a_crash_of_the_child_is_an_error_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASHING_SITECUSTOMIZE)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ImageError, match="decoding it crashes the process with SIGSEGV; repair or remove the file"):
+        check_in_child(crashing_image(), make_preprocessing(64), seconds=60)
+    # An image that crashes nothing passes, even if it cannot be decoded.
+    for data in (IMAGE, IMAGE[:60], b""):
+        check_in_child(data, make_preprocessing(64), seconds=60)
+
+
+@pytest.mark.parametrize("ended", [-signal.SIGKILL, -signal.SIGTERM, 1, BlockingIOError("no more processes")])
+def test_what_comes_from_outside_is_no_images_error(monkeypatch: pytest.MonkeyPatch, ended: int | OSError) -> None:
+    outcome = Mock(returncode=ended) if isinstance(ended, int) else ended
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=[outcome]))
+    check_in_child(IMAGE, make_preprocessing(64), seconds=60)
+
+
+def test_a_child_that_takes_too_long_is_killed() -> None:
+    with pytest.raises(ImageError, match=r"took more than 0\.01 s") as caught:
+        check_in_child(IMAGE, make_preprocessing(64), seconds=0.01)
+    assert caught.value.kind == "decode_timeout"
+
+
+@pytest.mark.parametrize(("repetitions", "images"), [(0, 0), (1, 0), (2, 3)])
+def test_a_task_repeated_twice_tries_children(
+    run: Path, monkeypatch: pytest.MonkeyPatch, repetitions: int, images: int
+) -> None:
+    check = Mock()
+    monkeypatch.setattr(decode_stage, "check_in_child", check)
+    Decode(PREPROCESSING, repetitions=lambda: repetitions)(manifest(run).slice(0, 3))
+    assert check.call_count == images

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import gc
 import shutil
 import weakref
@@ -14,6 +12,7 @@ from stpm.method.arithmetic import Arithmetic
 from stpm.method.teacher import Teacher
 from stpm.models.store import Model, ModelStore
 from stpm.scoring.stages.detector_cache import DetectorCache
+from tests.conftest import record_calls
 from tests.scoring.stages.helpers import CATEGORIES, current_models, refit
 
 
@@ -23,14 +22,8 @@ def make_cache(run: Path, max_bytes: int = 1) -> DetectorCache:
     return DetectorCache(store, current_models(store), torch.device("cpu"), arithmetic, max_bytes)
 
 
-def test_detector_cache_keeps_the_models_used_last_within_its_budget(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[str] = []
-    original = ModelStore.load
-    monkeypatch.setattr(
-        ModelStore, "load", lambda self, name, model: loaded.append(name) or original(self, name, model)
-    )
+def test_detector_cache_keeps_models_used_last_within_its_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = record_calls(monkeypatch, ModelStore, "load")
     total = sum(make_cache(run).detector(name).nbytes for name in CATEGORIES)
     total += make_cache(run).teacher("nut").nbytes
     for max_bytes, wanted, expected in (
@@ -42,7 +35,7 @@ def test_detector_cache_keeps_the_models_used_last_within_its_budget(
         models = make_cache(run, max_bytes)
         for name in wanted.split():
             assert models.detector(name).record.category == name
-        assert " ".join(loaded) == expected
+        assert " ".join(name for _, name, _ in loaded) == expected
 
 
 def test_a_teacher_is_built_once_and_dropped_with_the_last_model_that_uses_it(run: Path, tmp_path: Path) -> None:
@@ -89,9 +82,7 @@ def test_a_failed_load_is_not_tried_again_at_once(run: Path, tmp_path: Path, mon
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     models = make_cache(tmp_path)
     shutil.rmtree(tmp_path / "models" / "nut")
-    asked = []
-    original = ModelStore.load
-    monkeypatch.setattr(ModelStore, "load", lambda self, *names: asked.append(names) or original(self, *names))
+    asked = record_calls(monkeypatch, ModelStore, "load")
     for _ in range(2):
         with pytest.raises(ImageError, match="no model nut-") as caught:
             models.detector("nut")

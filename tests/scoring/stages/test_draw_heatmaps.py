@@ -1,11 +1,8 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,15 +13,21 @@ from stpm.method.regions import find_regions
 from stpm.models.store import ModelStore
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
-from stpm.scoring.schema import SCORED
-from tests.datasets import write_rows
+from tests.datasets import with_column, write_rows
 from tests.scoring.inputs.helpers import rows as list_rows
 from tests.scoring.stages.helpers import PREPROCESSING, decode, manifest, score, scorer, write_heatmaps
 
 
-def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path, tmp_path: Path) -> None:
+def test_heatmaps_are_named_by_id_and_drawn_on_the_models_scale_to_files_or_parquet(run: Path, tmp_path: Path) -> None:
     rows = score(run, manifest(run))
     out = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
+    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
+    assert not (tmp_path / "no").exists()
+    for one, other in zip(out, inside, strict=True):
+        assert (other["heatmap"], other["overlay"]) == ("", "")
+        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes()
+        assert other["overlay_jpeg"] == (tmp_path / one["overlay"]).read_bytes()
+        assert one["heatmap_png"] is one["overlay_jpeg"] is None
     store = ModelStore(str(run / "models"))
     for row, before in zip(out, rows.to_pylist(), strict=True):
         image_id = f"{row['image_id'] & (2**64 - 1):016x}"
@@ -43,18 +46,6 @@ def test_heatmaps_are_named_by_image_id_and_drawn_on_the_models_scale(run: Path,
             expected = np.asarray(Image.fromarray(overlay(pixels, levels)).resize((64, 77)), float)
             # JPEG changes the pixels: of these, which are drawn at random, by four grey levels in the mean at most.
             assert np.abs(np.asarray(image) - expected).mean() < 4
-
-
-def test_heatmaps_in_parquet_are_the_same_bytes_as_in_files(run: Path, tmp_path: Path) -> None:
-    rows = score(run, manifest(run))
-    files = write_heatmaps(rows, tmp_path, overlays=True).to_pylist()
-    inside = write_heatmaps(rows, tmp_path / "no", overlays=True, heatmaps_in="parquet").to_pylist()
-    assert not (tmp_path / "no").exists()
-    for one, other in zip(files, inside, strict=True):
-        assert (other["heatmap"], other["overlay"]) == ("", "")
-        assert other["heatmap_png"] == (tmp_path / one["heatmap"]).read_bytes()
-        assert other["overlay_jpeg"] == (tmp_path / one["overlay"]).read_bytes()
-        assert one["heatmap_png"] is one["overlay_jpeg"] is None
 
 
 def test_regions_are_those_of_the_map_and_masks_are_drawn_of_images_that_have_any(run: Path, tmp_path: Path) -> None:
@@ -84,22 +75,17 @@ def test_regions_are_those_of_the_map_and_masks_are_drawn_of_images_that_have_an
 
 @pytest.mark.parametrize(("heatmaps", "expected"), [("all", 8), ("none", 0), ("anomalous", 3)])
 def test_only_the_wanted_images_have_heatmaps(run: Path, tmp_path: Path, heatmaps: Any, expected: int) -> None:
-    rows = score(run, manifest(run).slice(0, 8))
-    is_anomalous = pa.array([i < 3 for i in range(8)])
-    rows = rows.set_column(rows.schema.get_field_index("is_anomalous"), SCORED.field("is_anomalous"), is_anomalous)
+    rows = with_column(score(run, manifest(run).slice(0, 8)), "is_anomalous", [i < 3 for i in range(8)])
     out = write_heatmaps(rows, tmp_path, heatmaps).to_pylist()
     assert [bool(row["heatmap"]) for row in out] == [i < expected for i in range(8)]
     assert {row["overlay"] for row in out} == {""}
     # Ray's metrics refuse the name of such a category.
-    category = pa.array(["größer"] * 8)
-    named = rows.set_column(rows.schema.get_field_index("category"), SCORED.field("category"), category)
+    named = with_column(rows, "category", ["größer"] * 8)
     assert write_heatmaps(named, tmp_path, "none")["category"].unique().to_pylist() == ["größer"]
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == expected
 
 
-def test_pictures_that_a_run_drew_among_its_images_are_not_scored(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_that_a_run_drew_are_not_scored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = score(run, manifest(run))
     images, link = tmp_path / "images", tmp_path / "link"
     for name in ("a.png", "ab/b.jpg", "heatmaps/scores/nut/c.png", "heatmaps/ab/0123456789abcdef.png"):

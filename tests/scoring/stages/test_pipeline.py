@@ -1,7 +1,5 @@
 """Images through all stages, as plain functions."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os
@@ -11,18 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from stpm import storage
 from stpm.data import mvtec
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Resize
-from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Size
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -32,8 +27,11 @@ from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
-from tests.datasets import encode_image, make_category
+from tests.conftest import MODELS, record_calls
+from tests.datasets import encode_image, make_category, with_column
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
+from tests.test_storage import Flaky
+from tests.test_storage import flaky as flaky  # noqa: PLC0414  a fixture
 
 
 def test_each_stage_keeps_its_schema_and_the_users_columns(run: Path, tmp_path: Path) -> None:
@@ -61,8 +59,7 @@ def test_unreadable_images_become_rows_with_an_error(run: Path, tmp_path: Path) 
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     rows = nut_rows([str(tmp_path / name) for name in (*contents, "gone.png", "dot.png")])
-    categories = pa.array([*["nut"] * 6, "no/such\nmodel"])
-    rows = rows.set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), categories)
+    rows = with_column(rows, "category", [*["nut"] * 6, "no/such\nmodel"])
     out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
     assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
     for row in out:
@@ -107,27 +104,16 @@ def test_odd_names_and_files_are_not_opened_and_spoil_no_other(run: Path, tmp_pa
     assert all(row["error_message"] for row in out if row["error_kind"])
 
 
-class Expired(MemoryFileSystem):
-    """Storage whose reads all fail."""
-
-    protocol = "expired"
-    error: Exception = PermissionError("the token is expired")
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        raise self.error
-
-
 @pytest.mark.parametrize(
     "error", [PermissionError("no"), OSError("503"), RuntimeError("a client's bug"), UnicodeError("\udcff")]
 )
 def test_images_that_storage_failed_are_left_to_the_next_run(
-    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    run: Path, flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    fsspec.register_implementation("expired", Expired, clobber=True)
-    monkeypatch.setattr(Expired, "error", error)
+    flaky.errors = [error] * 9
     monkeypatch.setattr("stpm.storage.retries.MAX_SECONDS", 0.0)
     good = manifest(run)["uri"].to_pylist()[:3]
-    uris = [good[0], "expired://a.png", *good[1:], "/gone.png"]
+    uris = [good[0], "flaky://a.png", *good[1:], "/gone.png"]
     reports: list[Any] = []
 
     def report(batch: BatchReport) -> None:
@@ -145,15 +131,13 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
     # Each stage counts only its own failures.
     assert reports == [
         ("decode", 0, 0, 0, 5, 2, []),
-        ("score", 5, 0, 2, 3, 0, [("expired://a.png", "unreadable")]),
+        ("score", 5, 0, 2, 3, 0, [("flaky://a.png", "unreadable")]),
         ("score", 5, 3, 2, 3, 0, []),
     ]
 
 
 def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
-    load = ModelStore.load
-    monkeypatch.setattr(ModelStore, "load", lambda self, name, model: loaded.append(name) or load(self, name, model))
+    loaded = record_calls(monkeypatch, ModelStore, "load")
     images = manifest(run)
     in_order_of_time = np.random.default_rng(0).integers(0, images.num_rows, 10 * BLOCK_ROWS)
     rows = images.take(in_order_of_time).set_column(0, MANIFEST.field(0), pa.array(range(10 * BLOCK_ROWS)))
@@ -165,7 +149,7 @@ def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, m
     # Room for one of the three models.
     score_block = scorer(run, model_ram_gib=2**-30)
     scored = [score_block(decode(ordered.slice(start, BLOCK_ROWS))) for start in range(0, len(rows), BLOCK_ROWS)]
-    assert sorted(loaded) == sorted(PREPROCESSING)
+    assert sorted(name for _, name, _ in loaded) == sorted(PREPROCESSING)
     assert sorted(id for block in scored for id in block["image_id"].to_pylist()) == list(range(len(rows)))
 
 
@@ -185,20 +169,23 @@ def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, 
     (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
     assert members.num_rows == 8
     assert set(members["category"].to_pylist()) == {"grey"}
-    members = members.set_column(MANIFEST.get_field_index("category"), MANIFEST.field("category"), files["category"])
+    members = with_column(members, "category", files["category"].to_pylist())
     for ours, theirs in zip(score(run, members).to_pylist(), score(run, files).to_pylist(), strict=True):
         assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
         assert ours["score"] == theirs["score"]
         assert ".tar#grey/" in ours["uri"]
 
 
-@pytest.mark.parametrize(("resize", "shape"), [("fit", (19, 48)), ("crop", (64, 48)), ("stretch", (64, 48))])
-def test_images_of_other_proportions_are_scored_without_padding(
-    tmp_path: Path, any_model: Recipe, resize: Resize, shape: tuple[int, int]
+@pytest.mark.parametrize(
+    ("kind", "resize", "shape"),
+    [*((kind, "fit", (19, 48)) for kind in MODELS), *(("two views", name, (64, 48)) for name in ("crop", "stretch"))],
+)
+def test_images_of_other_proportions_are_unpadded(
+    tmp_path: Path, kind: str, resize: Resize, shape: tuple[int, int]
 ) -> None:
     """Images of 80 × 32 in an input of 64 × 48, height by width."""
     make_category(str(tmp_path / "data"), "long", shape=(32, 80))
-    recipe = dataclasses.replace(any_model, size=Size("64x48"), resize=resize)
+    recipe = dataclasses.replace(MODELS[kind], size=Size("64x48"), resize=resize)
     record = fit(tmp_path, "long", recipe)
     preprocessing = {"long": record.preprocessing}
     (rows,) = labelled_rows([mvtec.read_category(str(tmp_path / "data"), "long")])
