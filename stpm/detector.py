@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, repeat
-from typing import NoReturn, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -50,11 +50,13 @@ from stpm.method.roi import Roi
 from stpm.method.scales import DistanceScale, Floats, HeatmapScale
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
 from stpm.method.views import View, choose_views, levels_of_teacher
-from stpm.metrics.category_metrics import CategoryMetrics, ScoredImage, label_scores, measure_category
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
 from stpm.options import Backend, WantedBackend
 from stpm.result import Request, Result
+
+if TYPE_CHECKING:
+    from stpm.metrics.category_metrics import CategoryMetrics
 
 log = logging.getLogger(__name__)
 
@@ -484,6 +486,9 @@ class Detector:
         Raises:
             DataError: if there are no test images.
         """
+        # They import scikit-learn, which takes scorers and workers a second.
+        from stpm.metrics.category_metrics import ScoredImage, label_scores, measure_category
+
         tests = read_tests(os.fspath(folder))
         rois = [test.roi for test in tests]
         results = self.score((test.uri for test in tests), false_alarm_rate=false_alarm_rate, rois=rois)

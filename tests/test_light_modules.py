@@ -21,6 +21,10 @@ LIGHT = [
 ]
 
 
+# Those of actors that run no pipeline.
+LIGHTER = ["stpm.cluster.connection", "stpm.cluster.device", "stpm.fitting.task_queue", "stpm.scoring.progress"]
+
+
 def imported_by(script: str, *argv: str) -> set[str]:
     """Return the names of all modules that a script has imported when it ends."""
     report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
@@ -34,6 +38,13 @@ def test_light_modules_import_no_torch() -> None:
     assert not found & {"torch", "timm", "sklearn"}
 
 
+def test_actors_without_a_pipeline_import_no_ray_data_and_scorers_no_scikit_learn() -> None:
+    found = imported_by(f"import {', '.join(LIGHTER)}")
+    assert found >= set(LIGHTER)
+    assert not found & {"ray.data", "pandas"}
+    assert "sklearn" not in imported_by("import stpm.scoring.stages.detector_cache")
+
+
 @pytest.mark.parametrize(
     "argv",
     [[], ["--help"], ["scroe"]] + [[name, *rest] for name in COMMANDS for rest in (["--help"], ["--modles", "x"])],
@@ -41,7 +52,8 @@ def test_light_modules_import_no_torch() -> None:
 def test_help_and_errors_import_nothing_heavy(argv: list[str]) -> None:
     found = imported_by("from stpm.commands import main; main()", *argv)
     assert "stpm.cli" in found
-    assert not found & {"torch", "ray", "timm", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
+    heavy = {"torch", "ray", "timm", "numpy", "pyarrow", "fsspec", "PIL", "scipy", "sklearn", "matplotlib"}
+    assert not found & heavy
 
 
 @pytest.mark.parametrize("argv", [["fit", "--data"], ["benchmark", "--data"], ["evaluate", "--run"]], ids=" ".join)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray.data import DataContext
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -63,6 +62,17 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _connect()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
+    # Its import takes a second: tasks and actors that import this module do without it.
+    from ray.data import DataContext
+
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -89,10 +99,6 @@ def connected() -> Iterator[None]:
     context.print_on_execution_start = False
     # They advise the author of a pipeline, and would do so in the user's log.
     context.issue_detectors_config.detectors = []
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stpm.cluster.connection import is_shared
 from stpm.cluster.ray_failures import results_of
 from stpm.errors import HOW_TO_CONTINUE, DeviceError, RunInterruptedError
 from stpm.method.arithmetic import Capabilities, cpu_capabilities
@@ -52,12 +53,15 @@ def assigned_device() -> torch.device:
 def examine_devices(*, gpus: bool) -> list[Capabilities]:
     """Return what the GPU, or the CPU, of each node that can work can compute with. Needs a connection to Ray.
 
-    Wait for the first node. Then leave out those that do not answer soon: other jobs may hold all their GPUs.
+    Wait for the first node. Then leave out those that do not answer soon: other jobs may hold all their GPUs. The CPU
+    of this machine alone is examined here: a process would have to start for it.
 
     Raises:
         DeviceError: if torch cannot use a GPU that Ray assigns.
         RunInterruptedError: if there is no node.
     """
+    if not (gpus or is_shared()):
+        return [cpu_capabilities()]
     examine = ray.remote(num_cpus=0, num_gpus=_GPU_SHARE if gpus else 0)(_examine_device)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU" if gpus else "CPU", 0) > 0]
     # The task of a node that is lost meanwhile runs on another.

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError, RayTaskError
 
 from stpm import storage
@@ -21,6 +20,9 @@ log = logging.getLogger(__name__)
 
 def is_ray_failure(error: Exception) -> bool:
     """Return whether Ray raised this error, or Ray Data, which marks an error of its own code by its cause."""
+    # Where no pipeline runs, Ray Data need not be imported, which takes a second of every process.
+    from ray.data.exceptions import ExecutionTimeoutError, SystemException
+
     return isinstance(error, RayError | ExecutionTimeoutError) or isinstance(error.__cause__, SystemException)
 
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stpm.method.recipe import MAX_SIDE, Resize
 from stpm.method.roi import Mask, Roi
 
 # Processes that decode images do not import torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
-Resize = Literal["stretch", "crop", "fit"]
 Interpolation = Literal["bilinear", "bicubic"]
 PerChannel = tuple[float, float, float]
 Boxes = npt.NDArray[np.int32]
@@ -30,8 +30,6 @@ Boxes = npt.NDArray[np.int32]
 # `fit` stretches an image whose aspect ratio is within this factor of the input's, instead of padding a few pixels.
 _SAME_ASPECT = 1.1
 
-# Pixels.
-MAX_SIDE = 4096
 # Of the sides of an input, unless the teacher divides it into patches.
 SIDE_MULTIPLE = 32
 _MIN_PIXELS = 65_536

@@ -9,15 +9,17 @@ from functools import cached_property
 from typing import Literal
 
 from stpm.errors import ConfigError, DataError
-from stpm.method.preprocessing import MAX_SIDE, Resize
 from stpm.options import Integers, Options, Size, flag, option
 from stpm.path_pattern import PathPattern
 
 Preset = Literal["default", "paper", "notebook"]
 Precision = Literal["float32", "bfloat16"]
 WantedPrecision = Literal["auto", "float32", "bfloat16"]
+Resize = Literal["stretch", "crop", "fit"]
 StudentKind = Literal["stpm", "none"]
 FusionMethod = Literal["product", "sum", "quantile"]
+# Of an image or an input, pixels.
+MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
