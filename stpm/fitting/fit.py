@@ -28,7 +28,6 @@ from stpm.errors import DataError
 from stpm.fitting.fit_detector import fit_detector
 from stpm.fitting.task import Epoch, FitWarning, fingerprint
 from stpm.fitting.training_images import preprocessing_for
-from stpm.fitting.turns import in_turns
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import load_backbone, serialise
 from stpm.method.device import device_capabilities, local_device
@@ -110,19 +109,18 @@ def fit(
             else:
                 log.info(event)
 
-        with in_turns(device):
-            detector = fit_detector(
-                share_teacher(spec, lambda: load_backbone(recipe.teacher, levels, weights, recipe.teacher)),
-                recipe,
-                listed,
-                report,
-                started=started,
-                ram=_free_ram(),
-                gpu_ram=_free_gpu_ram(device),
-                teacher_digest=digest,
-                data_fingerprint=fingerprint(versions),
-                roi=region,
-            )
+        detector = fit_detector(
+            share_teacher(spec, lambda: load_backbone(recipe.teacher, levels, weights, recipe.teacher)),
+            recipe,
+            listed,
+            report,
+            started=started,
+            ram=_free_ram(),
+            gpu_ram=_free_gpu_ram(device),
+            teacher_digest=digest,
+            data_fingerprint=fingerprint(versions),
+            roi=region,
+        )
         # The last step: calibrated.
         bar.update()
 

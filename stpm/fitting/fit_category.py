@@ -16,7 +16,6 @@ from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.fit_detector import Reporter, fit_detector
 from stpm.fitting.task import FitResult, FitTask, FitWarning
 from stpm.fitting.training_images import preprocessing_for
-from stpm.fitting.turns import in_turns
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.device import is_out_of_memory
 from stpm.method.teacher import Teacher
@@ -73,22 +72,21 @@ def _fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> 
     teacher = last_teacher(task.store, spec)
     computed_by = (teacher.preprocessing, teacher.precision, teacher.device.type, teacher.backend)
     fingerprint = "-".join(map(str, (task.fingerprint, *computed_by)))
-    with in_turns(settings.device):
-        detector = fit_detector(
-            teacher,
-            task.recipe,
-            uris,
-            report,
-            started=started,
-            ram=settings.ram,
-            gpu_ram=settings.gpu_ram,
-            teacher_digest=digest,
-            data_fingerprint=task.data_fingerprint,
-            roi=task.roi,
-            rois=rois,
-            decision=task.decision,
-            checkpoint=Checkpoint(store.checkpoint_uri(task.category), fingerprint, settings.checkpoint_seconds),
-        )
+    detector = fit_detector(
+        teacher,
+        task.recipe,
+        uris,
+        report,
+        started=started,
+        ram=settings.ram,
+        gpu_ram=settings.gpu_ram,
+        teacher_digest=digest,
+        data_fingerprint=task.data_fingerprint,
+        roi=task.roi,
+        rois=rois,
+        decision=task.decision,
+        checkpoint=Checkpoint(store.checkpoint_uri(task.category), fingerprint, settings.checkpoint_seconds),
+    )
     record = detector.publish(store, task.category)
     try:
         storage.remove(store.checkpoint_uri(task.category))

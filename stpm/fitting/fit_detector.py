@@ -24,6 +24,7 @@ from stpm.fitting.task import Epoch, FitWarning
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images
+from stpm.fitting.turns import in_turns
 from stpm.method.backbones import teacher_licence
 from stpm.method.calibration import Calibration, describe_promise
 from stpm.method.memory_bank import MemoryBank
@@ -81,17 +82,18 @@ def fit_detector(
         DivergedError: if a loss is not finite.
     """
     preprocessing = dataclasses.replace(teacher.preprocessing, roi=roi)
-    features = _load(teacher, preprocessing, images, rois, report, ram, gpu_ram)
-    groups = group_images([pictures.name_of(image) for image in images], features.images.pixels, recipe)
-    train, held_out = split_images(groups, recipe)
-    for problem in features.images.find_problems():
-        report(FitWarning(problem))
-    memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
-    trained = train_student(features, train, held_out, recipe, report, checkpoint)
-    detector = dataclasses.replace(Detector.assemble(teacher, recipe, trained.student, memory), roi=roi)
-    scores, heatmap_scale, distance_scales, max_pixels = calibrate(detector, features, parts, held_out)
-    calibrating = np.sort(np.concatenate([part for _, part in parts]))
-    suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
+    with in_turns(teacher.device):
+        features = _load(teacher, preprocessing, images, rois, report, ram, gpu_ram)
+        groups = group_images([pictures.name_of(image) for image in images], features.images.pixels, recipe)
+        train, held_out = split_images(groups, recipe)
+        for problem in features.images.find_problems():
+            report(FitWarning(problem))
+        memory, parts = _build_banks(features, groups, train, held_out, recipe, report)
+        trained = train_student(features, train, held_out, recipe, report, checkpoint)
+        detector = dataclasses.replace(Detector.assemble(teacher, recipe, trained.student, memory), roi=roi)
+        scores, heatmap_scale, distance_scales, max_pixels = calibrate(detector, features, parts, held_out)
+        calibrating = np.sort(np.concatenate([part for _, part in parts]))
+        suspicious, page = find_outliers(features, calibrating, scores, recipe.seed)
     if suspicious:
         report(FitWarning(suspicious))
     if decision:

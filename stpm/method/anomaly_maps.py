@@ -38,12 +38,14 @@ class AnomalyMaps:
         total: (B, H, W) float32, of the input's shape; NaN at pixels that are not inspected, on padding too.
         views: (V, B, h, w) float32.
         content: of the same images.
+        counts: (B,) inspected pixels of each image.
         inspected: (B, H, W) bool, or (1, H, W) if the same pixels are of all images; None: all pixels are.
     """
 
     total: Tensor
     views: Tensor
     content: Content
+    counts: Indices
     inspected: Tensor | None = None
 
     def __len__(self) -> int:
@@ -60,11 +62,13 @@ class AnomalyMaps:
             # An infinite distance would leave no number in its tile.
             total = total.clamp(-_LARGEST, _LARGEST)
         if pixels is None:
-            return cls(gaussian(total, sigma) if sigma else total, views, content)
+            counts = np.full(len(total), total[0].numel())
+            return cls(gaussian(total, sigma) if sigma else total, views, content, counts)
         inspected = torch.from_numpy(pixels).to(total.device)
         if sigma:
             total = gaussian(total.where(inspected, 0.0), sigma) / gaussian(inspected.float(), sigma).clamp_min(_EPS)
-        return cls(total.where(inspected, torch.nan), views, content, inspected)
+        counts = np.broadcast_to(np.count_nonzero(pixels, axis=(1, 2)), len(total))
+        return cls(total.where(inspected, torch.nan), views, content, counts, inspected)
 
     def scalars(self, top_fraction: float) -> Tensor:
         """Compute what a decision needs: (B, 3 + V) float64.
@@ -76,7 +80,7 @@ class AnomalyMaps:
         """
         ranked = self.total if self.inspected is None else self.total.where(self.inspected, -torch.inf)
         ranked = ranked.flatten(1)
-        counts = np.maximum(np.rint(top_fraction * self.content.counts(self._shape)).astype(int), 1)
+        counts = np.maximum(np.rint(top_fraction * self.counts).astype(int), 1)
         values, at = _highest(ranked, int(counts.max()))
         numbers = torch.from_numpy(counts).to(values.device)[:, None]
         is_top = torch.arange(values.shape[1], device=values.device) < numbers

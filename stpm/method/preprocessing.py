@@ -6,7 +6,6 @@ Pillow. An array shape is (height, width), as in NumPy.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,12 +73,6 @@ class Content:
         parts = list(zip(map(tuple, self.boxes.tolist()), self.inspected or [b""] * len(self), strict=True))
         distinct = {part: _pixels(*part, input_shape) for part in parts}
         return np.stack([*distinct.values()] if len(distinct) == 1 else [distinct[part] for part in parts])
-
-    def counts(self, input_shape: tuple[int, int]) -> npt.NDArray[np.int64]:
-        """Count the inspected pixels of each image: (B,)."""
-        pixels = self.pixels(input_shape)
-        each = np.array([math.prod(input_shape)]) if pixels is None else np.count_nonzero(pixels, axis=(1, 2))
-        return np.broadcast_to(each, len(self))
 
 
 def _pixels(box: tuple[int, int, int, int], inspected: bytes, input_shape: tuple[int, int]) -> Mask:
