@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -53,33 +54,46 @@ def cluster(s3: dict[str, str], metrics: str) -> Iterator[dict[str, str]]:
     """Start a cluster; yield the environment of a client, which has no credentials for S3, unlike the nodes."""
     token = secrets.token_hex(16)
     settings = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, PATH=f"{BIN}:{os.environ['PATH']}")
-    dashboard = free_port()
     # Ray gives a job the address of the cluster that was started last with this folder: another test may start one.
     # Names of sockets must be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    process = subprocess.Popen(
-        [
-            *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
-            *("--include-dashboard=true", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"),
-            f"--metrics-export-port={re.search(r':([0-9]+)/', metrics)[1]}",  # type: ignore[index]
-            # The agent that starts jobs. An earlier test's cluster may still hold its default port.
-            f"--dashboard-agent-listen-port={free_port()}",
-            f"--temp-dir={folder}",
-        ],
-        env=settings | {"RAY_metrics_report_interval_ms": "500"},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{dashboard}"
+    output = Path(folder) / "output"
 
-    def answers() -> bool:
-        assert process.poll() is None, "the cluster did not start"
-        with contextlib.suppress(OSError):
-            return requests.get(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"}, timeout=5).ok
-        return False
+    def start() -> tuple[subprocess.Popen[bytes], str] | None:
+        """Start a head, and wait for its dashboard; None if it ends: a port may be taken after it was found free."""
+        dashboard = free_port()
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [
+                    *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
+                    *("--include-dashboard=true", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"),
+                    f"--metrics-export-port={re.search(r':([0-9]+)/', metrics)[1]}",  # type: ignore[index]
+                    # An earlier test's cluster may still hold the default ports.
+                    f"--dashboard-agent-listen-port={free_port()}",
+                    f"--ray-client-server-port={free_port()}",
+                    f"--temp-dir={folder}",
+                ],
+                env=settings | {"RAY_metrics_report_interval_ms": "500"},
+                start_new_session=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        address = f"http://127.0.0.1:{dashboard}"
 
-    wait_until(answers, "the dashboard did not start")
+        def answers() -> bool:
+            if process.poll() is not None:
+                return True
+            with contextlib.suppress(OSError):
+                headers = {"Authorization": f"Bearer {token}"}
+                return requests.get(f"{address}/api/version", headers=headers, timeout=5).ok
+            return False
+
+        wait_until(answers, "the dashboard did not start")
+        return None if process.poll() is not None else (process, address)
+
+    started = start() or start()
+    assert started, f"the cluster did not start: {output.read_text()}"
+    process, address = started
     without = {name: value for name, value in settings.items() if name not in s3}
     yield without | {"RAY_API_SERVER_ADDRESS": address}
     kill_tree(process)
