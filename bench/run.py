@@ -5,7 +5,7 @@
 
 | section | job | limit | peer |
 |---|---|---|---|
-| score | steady images/s of the score job | a bare loop over the functions of its stages | `Engine.predict` |
+| score | steady images/s of the score job | a loop over its stages' functions | `Engine.predict`; its OpenVINO export |
 | fit | seconds of the fit job | the same fit in one process, without Ray | `Engine.fit`, with the same images |
 | first | seconds until --help is shown, or ten images are scored | bare imports, or the bare loop | |
 | together | seconds of two, and of three fits at once | as many times the seconds of one | |
@@ -28,7 +28,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -39,12 +38,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args
-from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import torch
-from anomalib_peer import Teacher, fit_anomalib, predict_speed
+from anomalib_peer import Teacher, fit_anomalib, predict_speeds
 from commands import CORES, job_command, make_parser, time_command
 from growth import measure_growth
 from local_fit import make_task, run_task
@@ -53,7 +51,7 @@ from metrics import map_metrics
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.cluster.connection import KEEP_FREED_MEMORY
+from stpm.cluster.device import keep_freed_memory
 from stpm.data import mvtec
 from stpm.fitting.splits import split_images
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, cpu_capabilities
@@ -134,9 +132,7 @@ class Bench:
 
 def in_processes(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
     """Call a function for each tuple of arguments, in processes that keep freed memory, as those of the jobs do."""
-    with patch.dict(os.environ, KEEP_FREED_MEMORY["env_vars"]):
-        pool = multiprocessing.get_context("spawn").Pool(len(tasks))
-    with pool:
+    with multiprocessing.get_context("spawn").Pool(len(tasks), keep_freed_memory) as pool:
         return pool.starmap(function, tasks)
 
 
@@ -146,14 +142,16 @@ def in_processes(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -
 def measure_score(bench: Bench) -> Iterator[Measured]:
     """Score the category's images with each kind of model."""
     images = bench.images(bench.arguments.images)
-    peer = None
+    peer = exported = None
     if bench.arguments.peer:
-        peer = predict_speed(bench.arguments.peer, bench.new_folder(), _PEER_TEACHER, bench.images(_PEER_IMAGES))
+        images_of_peer = bench.images(_PEER_IMAGES)
+        peer, exported = predict_speeds(bench.arguments.peer, bench.new_folder(), _PEER_TEACHER, images_of_peer)
     for name, recipe in list(_SCORED_MODELS.items())[: 1 if bench.arguments.small else None]:
         models, _ = bench.fit(recipe)
         limit, limit_cpu = loop_speed(bench, models, images, CORES)
         cost, steady = bench.score(models, images)
         yield Measured(name, "images/s", steady, limit, peer, cost)
+        yield Measured(f"{name} (peer: OpenVINO)", "images/s", steady, limit, exported)
         yield Measured(
             name, "images per CPU second", *(bench.arguments.images / s for s in (cost["cpu_seconds"], limit_cpu))
         )

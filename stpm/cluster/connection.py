@@ -40,17 +40,6 @@ _RAY_SETTINGS = {
 # refused at once, as it is at this address, the cleaner waits, and a fit ends 12 s later.
 _STATE_API = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 
-# Runtime environment of processes that compute on a CPU. By default the C library returns every large tensor to the
-# kernel and takes a new one, and the kernel clears each page again: up to half of the time of a forward pass or a
-# training step. The C library reads these variables when a process starts.
-KEEP_FREED_MEMORY = {
-    "env_vars": {
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    }
-}
-
 
 @contextmanager
 def connected() -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _GPU_SHARE = 0.01
 # For the answers of the other nodes, after the first one's.
 _ANSWER_SECONDS = 30.0
+# Parameters of the C library's mallopt, by their numbers in malloc.h: trim threshold, mappings, arenas.
+_KEEP_FREED_MEMORY = {-1: 2**31 - 1, -4: 0, -8: 1}
 
 
 def assigned_device() -> torch.device:
@@ -27,6 +30,7 @@ def assigned_device() -> torch.device:
 
     In a task or an actor it is the GPU that Ray assigned, or without one the CPU, even if torch sees a GPU: Ray 2.60
     hides no GPU from a process that it assigned none. In a process that Ray did not start it is a GPU if there is one.
+    A task or an actor on a CPU then keeps the memory that it frees.
 
     Raises:
         DeviceError: if torch cannot use the GPU, or it is hidden from the process.
@@ -38,6 +42,7 @@ def assigned_device() -> torch.device:
         return local_device()
     assigned = context.get_accelerator_ids()["GPU"]
     if not assigned:
+        keep_freed_memory()
         return set_up_device(None)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -48,6 +53,17 @@ def assigned_device() -> torch.device:
             f"Ray assigned GPU {assigned[0]}, which CUDA_VISIBLE_DEVICES={visible} hides; leave that variable to Ray"
         )
     return set_up_device(visible.split(",").index(assigned[0]))
+
+
+def keep_freed_memory() -> None:
+    """Keep the memory that this process frees, where its C library is GNU's.
+
+    By default it returns every large tensor to the kernel and takes a new one, and the kernel clears each page again:
+    up to half of the time of a forward pass or a training step on a CPU.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for parameter, value in _KEEP_FREED_MEMORY.items():
+            mallopt(parameter, value)
 
 
 def examine_devices(*, gpus: bool) -> list[Capabilities]:

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
-from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, living_nodes, on_driver_node, working_nodes
+from stpm.cluster.connection import is_shared, living_nodes, on_driver_node, working_nodes
 from stpm.cluster.device import assigned_device
 from stpm.cluster.ray_failures import how_to_continue
 from stpm.errors import DeviceError, last_line
@@ -85,7 +85,6 @@ def run_worker_group(
             run_config=RunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
                 storage_path=path,
-                worker_runtime_env=KEEP_FREED_MEMORY,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _EXTRA_RESTARTS),
             ),

@@ -11,7 +11,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.exceptions import RayError
 
-from stpm.cluster.connection import KEEP_FREED_MEMORY, is_shared, working_nodes
+from stpm.cluster.connection import is_shared, working_nodes
 from stpm.cluster.device import examine_devices
 from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import RunInterruptedError
@@ -93,7 +93,6 @@ def score_shards(
             batch_size=MAX_BATCH if pool.scorer_gpus else _WHOLE_BLOCK,
             num_cpus=pool.scorer_cpus,
             num_gpus=pool.scorer_gpus,
-            runtime_env=KEEP_FREED_MEMORY,
         )
         rows = rows.map_batches(
             DrawHeatmaps(output, config.output, preprocessing, progress).__call__,
