@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from anomalib_peer import Teacher, predict_speed
+from anomalib_peer import Teacher, predict_speeds
 from commands import integers, make_parser
 from PIL import Image
 from tabulate import tabulate
@@ -137,7 +137,7 @@ def main() -> None:
                 uri = category.test[number % len(category.test)].uri
                 (folder / "peer" / f"{number:06}{Path(uri).suffix}").symlink_to(uri)
             (folder / "run").mkdir()
-            speed = predict_speed(options.peer, folder / "run", Teacher(options.teacher), folder / "peer")
+            speed, _ = predict_speeds(options.peer, folder / "run", Teacher(options.teacher), folder / "peer")
             rows.append(["anomalib", "", "", "", speed, ""])
     print(tabulate(rows, ["model", "batch", "networks/s", "with maps/s", "scorer/s", "scorer / networks"], "pipe"))
 
