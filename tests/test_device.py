@@ -1,5 +1,9 @@
 """The device that a process computes on, by what Ray assigned to it."""
 
+import ctypes
+import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -7,6 +11,7 @@ import pytest
 import ray
 import torch
 
+import stpm.cluster.device
 from stpm.cluster.device import assigned_device
 from stpm.errors import DeviceError
 
@@ -33,7 +38,35 @@ def test_a_process_of_ray_computes_on_what_ray_assigned(
     assigned: Sequence[str], visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started_by_ray(assigned, visible, monkeypatch)
+    kept: list[None] = []
+    monkeypatch.setattr(stpm.cluster.device, "keep_freed_memory", lambda: kept.append(None))
     assert assigned_device() == torch.device(device)
+    assert bool(kept) == (device == "cpu")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not GNU's")
+def test_a_process_that_keeps_freed_memory_takes_no_more_from_the_kernel() -> None:
+    program = """
+import resource, sys
+from stpm.cluster.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())
+"""
+
+    def run(how: str) -> list[int]:
+        printed = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True)
+        return [int(each) for each in printed.stdout.split()]
+
+    pages = 64 * 2**20 // resource.getpagesize()
+    # A bytearray of zeros is cleared by the kernel where it is new, page by page; some kernels map several at once.
+    (_, again), (first, second) = run("free"), run("keep")
+    assert second < pages / 100
+    assert min(again, first) > 4 * second
 
 
 def test_a_gpu_that_is_hidden_from_its_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
