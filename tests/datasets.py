@@ -91,15 +91,14 @@ def write_rows(output: RunOutput, rows: pa.Table, number: int = 0) -> None:
     storage.publish(f"{output.scores}/{output.name}_{number}.parquet", storage.encode_parquet(rows), durable=False)
 
 
-def write_task(output: RunOutput, images: pa.Table, number: int, segment: int = 0, **columns: Any) -> str:
-    """Write rows of images in one file and their summary, as a task does; return the summary's URI."""
-    same = {name: images[name].to_pylist() for name in ("image_id", "uri", "category")}
-    rows = make_output(len(images), **same | columns)
-    task = f"scores_{output.attempt:06}_{32 * 'a'}_{number:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}-0.parquet", storage.encode_parquet(rows))
-    summary = f"{output.task_summaries(segment)}/{task}.json"
-    storage.publish(summary, RowSummary.of_rows(rows, task, max_ranked=3).to_json())
-    return summary
+def write_task(output: RunOutput, rows: pa.Table, number: int = 0, segment: int = 0, *, summarized: bool = True) -> str:
+    """Leave what a task leaves that writes rows, or is cut off before it ends; return its name."""
+    task = f"{output.name}_{output.attempt:06}_{32 * 'a'}_{number:06}_{8 * 'c'}"
+    storage.publish(f"{output.scores}/{task}.parquet", storage.encode_parquet(rows), durable=False)
+    if summarized:
+        summary = RowSummary.of_rows(rows, task).to_json()
+        storage.publish(f"{output.task_summaries(segment)}/{task}.json", summary, durable=False)
+    return task
 
 
 def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:

@@ -21,11 +21,10 @@ from stpm.options import ClusterOptions, Names
 from stpm.scoring import run as run_module
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.progress import Snapshot
-from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import RunStatistics, UnfinishedImage
 from stpm.scoring.scoring_run import ScoringRun
 from tests.conftest import TINY
-from tests.datasets import encode_image, make_output
+from tests.datasets import encode_image, make_output, write_task
 from tests.models.test_store import save
 
 DATE = datetime.date(2026, 11, 24)
@@ -98,11 +97,7 @@ class Nightly:
                 progress.unfinished.extend(UnfinishedImage(name, "unreadable", "denied") for name in failed)
                 if chunk:
                     made = pa.concat_tables([output_rows([row], models[row["category"]].model_id) for row in chunk])
-                    task = f"{run.output.name}_{abs(chunk[0]['image_id'])}_try"
-                    storage.publish(f"{run.output.scores}/{task}.parquet", storage.encode_parquet(made), durable=False)
-                    summary = RowSummary.of_rows(made, task).to_json()
-                    uri = f"{run.output.task_summaries(segment)}/{task}.json"
-                    storage.publish(uri, summary, durable=False)
+                    write_task(run.output, made, abs(chunk[0]["image_id"]), segment)
 
     def rows(self, date: datetime.date = DATE) -> list[dict[str, Any]]:
         """Return the rows of a night, by URI."""

@@ -43,13 +43,12 @@ from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.progress import Snapshot
 from stpm.scoring.resume import resume_or_start
-from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run import run_scoring
 from stpm.scoring.run_state import RunState, ScoringConfig
 from stpm.scoring.run_statistics import RunResult, RunStatistics, UnfinishedImage
 from stpm.scoring.scoring_run import ScoringRun
 from tests.conftest import fail_to_read
-from tests.datasets import make_category, make_output
+from tests.datasets import make_category, make_output, write_task
 from tests.models.test_store import save
 from tests.scoring.inputs.helpers import list_rows
 from tests.scoring.inputs.test_manifest import read_shards
@@ -146,10 +145,7 @@ def publish_rows(output: RunOutput, start: int, stop: int) -> None:
     values = {name: each * count for name, each in same.items()} | {"score": range(count)}
     shards = pa.concat_tables(read_shards(output.manifest)).slice(start, count)
     rows = make_output(count, **values, **{name: shards[name].to_pylist() for name in ("image_id", "uri")})
-    task = f"scores_{output.attempt:06}_{32 * 'a'}_{start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}.parquet", storage.encode_parquet(rows))
-    summary = RowSummary.of_rows(rows, task).to_json()
-    storage.publish(f"{output.task_summaries(0)}/{task}.json", summary)
+    write_task(output, rows, start)
 
 
 def replace_ray(monkeypatch: pytest.MonkeyPatch, score_shards: Callable[..., None], *unfinished: str) -> None:

@@ -33,7 +33,7 @@ from stpm.scoring.written_rows import (
     total_of_finished,
     unwritten_shards,
 )
-from tests.datasets import make_output
+from tests.datasets import make_output, write_task
 
 
 @pytest.fixture
@@ -56,17 +56,12 @@ def list_images(output: RunOutput, attempt: int = 0) -> Manifest:
     return write_manifest([rows], output.manifest, segment_rows=8, attempt=attempt)
 
 
-def write_task(output: RunOutput, segment: Segment, rows: slice, *, summarized: bool = True) -> str:
-    """Leave what a task leaves that writes some rows of a segment, or is cut off before it ends; return its name."""
+def score(output: RunOutput, segment: Segment, rows: slice, *, summarized: bool = True) -> str:
+    """Leave what a task leaves that writes some rows of a segment, see `write_task`."""
     images = pa.concat_tables([read_shard(shard.uri) for shard in segment.shards]).slice(rows.start)
     count = rows.stop - rows.start
     made = make_output(count, **{name: images[name].to_pylist()[:count] for name in ("image_id", "uri", "category")})
-    task = f"scores_{output.attempt:06}_{32 * 'a'}_{10 * segment.number + rows.start:06}_{8 * 'c'}"
-    storage.publish(f"{output.scores}/{task}.parquet", storage.encode_parquet(made))
-    if summarized:
-        summary = RowSummary.of_rows(made, task).to_json()
-        storage.publish(f"{output.task_summaries(segment.number)}/{task}.json", summary)
-    return task
+    return write_task(output, made, 10 * segment.number + rows.start, segment.number, summarized=summarized)
 
 
 def uris_left(output: RunOutput) -> list[list[str]]:
@@ -88,24 +83,24 @@ def names(output: RunOutput) -> list[str]:
 
 def test_rows_that_are_written_are_not_scored_again(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(1, 3), slice(4, 5)):
-        write_task(output, segments[0], rows)
-    write_task(output, segments[0], slice(6, 8), summarized=False)
+        score(output, segments[0], rows)
+    score(output, segments[0], slice(6, 8), summarized=False)
     first, second, third = (output.with_attempt(number) for number in (1, 2, 3))
     assert uris_left(first) == [["0.png", "3.png", "5.png", "6.png", "7.png"], ["8.png", "9.png"]]
-    write_task(first, segments[0], slice(5, 8))
+    score(first, segments[0], slice(5, 8))
     assert uris_left(second) == [["0.png", "3.png"], ["8.png", "9.png"]]
     for task in (slice(0, 1), slice(3, 4)):
-        write_task(second, segments[0], task)
+        score(second, segments[0], task)
     assert uris_left(third) == [[], ["8.png", "9.png"]]
 
 
 def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list[Segment]) -> None:
     first, second = segments
-    write_task(output, first, slice(0, 5))
+    score(output, first, slice(0, 5))
     assert finish_segment(output, first).rows == 5
-    write_task(output, first, slice(5, 8))
+    score(output, first, slice(5, 8))
     assert finish_segment(output, first).rows == 8
-    write_task(output, second, slice(0, 2))
+    score(output, second, slice(0, 2))
     summary = finish_segment(output, second)
     assert storage.files(output.summaries) == [output.segment_summary(0), output.segment_summary(1)]
     storage.publish(f"{output.summaries}/000000/notes.json", b"not one of ours")
@@ -120,12 +115,12 @@ def test_the_summaries_of_a_segment_become_one(output: RunOutput, segments: list
 def test_a_summary_counts_once_if_adding_up_was_cut_off(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_task(output, segments[0], slice(0, 4))
-    write_task(output, segments[0], slice(4, 7))
+    score(output, segments[0], slice(0, 4))
+    score(output, segments[0], slice(4, 7))
     with monkeypatch.context() as patch:
         patch.setattr(storage, "remove", lambda _: None)
         finish_segment(output, segments[0])
-    write_task(output, segments[0], slice(7, 8))
+    score(output, segments[0], slice(7, 8))
     assert sum(summary.rows for summary in committed_summaries(output)) == 8
     assert finish_segment(output, segments[0]).rows == 8
 
@@ -134,18 +129,18 @@ def test_no_file_of_rows_is_listed_for_a_segment(
     output: RunOutput, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files at each segment's end would make the end of a run quadratic."""
-    write_task(output, segments[0], slice(0, 8))
+    score(output, segments[0], slice(0, 8))
     monkeypatch.setattr(RunOutput, "files", lambda _: pytest.fail("all files were listed"))
     assert finish_segment(output, segments[0]).rows == 8
 
 
 def test_rows_that_are_written_twice_or_lost_are_an_error(output: RunOutput, segments: list[Segment]) -> None:
     for rows in (slice(0, 8), slice(7, 8)):
-        write_task(output, segments[0], rows)
+        score(output, segments[0], rows)
     with pytest.raises(RunDamagedError, match=r"9 rows in .* for 8 images of segment 0$"):
         finish_segment(output, segments[0])
     # The segment's one file.
-    storage.remove(f"{output.scores}/{write_task(output, segments[1], slice(0, 2))}.parquet")
+    storage.remove(f"{output.scores}/{score(output, segments[1], slice(0, 2))}.parquet")
     with pytest.raises(RunDamagedError, match=r"/scores/.*\.parquet is missing, and with it rows of this run$"):
         finish_segment(output, segments[1])
 
@@ -156,9 +151,9 @@ def test_rows_that_are_lost_or_left_over_are_an_error(
     output: RunOutput, segments: list[Segment], stop: int, count: int
 ) -> None:
     """A power failure keeps a summary and loses rows. That is noticed whether all rows were written, or not."""
-    file = f"{output.scores}/{write_task(output, segments[0], slice(0, 3))}.parquet"
+    file = f"{output.scores}/{score(output, segments[0], slice(0, 3))}.parquet"
     if stop > 3:
-        write_task(output, segments[0], slice(3, stop))
+        score(output, segments[0], slice(3, stop))
     storage.remove(file)
     if count:
         storage.publish(file, storage.encode_parquet(make_output(count)))
@@ -174,7 +169,7 @@ def test_rows_that_are_lost_or_left_over_are_an_error(
 
 @pytest.mark.parametrize("content", [b"", b'{"p_values": {"nut": {"0.5": "1"}}}'])
 def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segment], content: bytes) -> None:
-    task = write_task(output, segments[0], slice(0, 8))
+    task = score(output, segments[0], slice(0, 8))
     storage.publish(f"{output.task_summaries(0)}/{task}.json", content)
     with pytest.raises(RunDamagedError, match=rf"000000/{task}\.json is damaged or missing, and with it .*$"):
         finish_segment(output, segments[0])
@@ -191,7 +186,7 @@ def test_an_error_names_a_damaged_summary(output: RunOutput, segments: list[Segm
 def test_an_error_names_a_shard_of_other_columns(
     output: RunOutput, segments: list[Segment], rows: pa.Table, problem: str
 ) -> None:
-    write_task(output, segments[0], slice(0, 3))
+    score(output, segments[0], slice(0, 3))
     storage.publish(segments[0].shards[0].uri, storage.encode_parquet(rows))
     with pytest.raises(RunDamagedError, match=rf"000000\.parquet, which lists images .* {problem}\)$"):
         uris_left(output.with_attempt(1))
@@ -207,18 +202,18 @@ def test_what_a_suspended_attempt_writes_late_does_not_count(output: RunOutput, 
         return uris_left(run)[0]
 
     begin(old)
-    tasks = [write_task(old, first, slice(0, 2))]
+    tasks = [score(old, first, slice(0, 2))]
     assert len(begin(stale)) == 6
-    write_task(old, first, slice(2, 4))
-    tasks.append(write_task(stale, first, slice(2, 5)))
+    score(old, first, slice(2, 4))
+    tasks.append(score(stale, first, slice(2, 5)))
     assert begin(new) == ["5.png", "6.png", "7.png"]
-    write_task(stale, first, slice(5, 8))
+    score(stale, first, slice(5, 8))
     storage.publish(f"{output.scores}/scores_of_mine.parquet", b"the user's")
     remove_leftovers(new, tasks)
     assert sorted(names(output)) == [*tasks, "scores_of_mine"]
-    write_task(old, first, slice(5, 6))
-    write_task(stale, first, slice(5, 8))
-    tasks.append(write_task(new, first, slice(5, 8)))
+    score(old, first, slice(5, 6))
+    score(stale, first, slice(5, 8))
+    tasks.append(score(new, first, slice(5, 8)))
     # The suspended process does what it does at its end.
     with pytest.raises(RunInterruptedError, match="lease 6 is lost, the latest is 7"):
         finish_segment(stale, first)
@@ -239,7 +234,7 @@ def test_a_late_request_of_a_suspended_driver_removes_no_rows(output: RunOutput,
     later = output.with_attempt(1)
     assert uris_left(later)
     for segment in segments:
-        write_task(later, segment, slice(0, segment.rows))
+        score(later, segment, slice(0, segment.rows))
         finish_segment(later, segment)
     suspended.write(stale)
     # What the earlier attempt removes is none of the later one's.
@@ -258,7 +253,7 @@ def test_a_run_that_starts_over_takes_no_rows_of_tasks_that_still_write(
     state.start(ScoringConfig((), 0.01))
     assert state.next_attempt() == 1
     manifest = list_images(output, attempt=1)
-    write_task(output, manifest.segments(output.manifest)[0], slice(0, 8))
+    score(output, manifest.segments(output.manifest)[0], slice(0, 8))
     later = output.with_attempt(1)
     assert take_over(later, state, manifest) == {}
     remove_leftovers(later, [])
