@@ -1,6 +1,6 @@
 """Measure how far fit and score are from the machine's own limit, and from anomalib 2.7: ratios of one run.
 
-    python -m venv PEER && PEER/bin/pip install 'anomalib==2.7.*'
+    python -m venv PEER && PEER/bin/pip install 'anomalib[openvino]==2.7.*'
     python bench/run.py score fit first growth --data DATA --category bottle --peer PEER/bin/python
 
 | section | job | limit | peer |
@@ -50,6 +50,7 @@ from measured import Measured
 from metrics import map_metrics
 from tabulate import tabulate
 
+import stpm
 from stpm import storage
 from stpm.cluster.device import keep_freed_memory
 from stpm.data import mvtec
@@ -73,14 +74,17 @@ from stpm.scoring.stages.scorer import Scorer
 T = TypeVar("T")
 
 # Recipes of the models that score: as slow as any other model, but soon fitted.
+_DEFAULT = dataclasses.replace(
+    PRESETS["default"], teacher=DEMO_TEACHER, size=Size("256"), epochs=2, warmup_epochs=0, min_steps=0
+)
 _SCORED_MODELS = {
     "student": dataclasses.replace(PRESETS["paper"], teacher=DEMO_TEACHER, epochs=1),
-    "default": dataclasses.replace(
-        PRESETS["default"], teacher=DEMO_TEACHER, size=Size("256"), epochs=2, warmup_epochs=0, min_steps=0
-    ),
+    "memory": dataclasses.replace(_DEFAULT, student="none"),
+    "default": _DEFAULT,
 }
 _LOOP_BATCH = 16
 _WARM_BATCHES = 3
+_KERNEL_BATCHES = 30
 _PEER_IMAGES = 500
 _PEER_TEACHER = Teacher(DEMO_TEACHER)
 _FIRST_IMAGES = 10
@@ -152,6 +156,8 @@ def measure_score(bench: Bench) -> Iterator[Measured]:
         cost, steady = bench.score(models, images)
         yield Measured(name, "images/s", steady, limit, peer, cost)
         yield Measured(f"{name} (peer: OpenVINO)", "images/s", steady, limit, exported)
+        kernels = sum(in_processes(run_kernels, [(str(models), bench.category.name, bench.arithmetic)] * CORES))
+        yield Measured(f"{name}: loop (limit: kernels)", "images/s", limit, kernels)
         yield Measured(
             name, "images per CPU second", *(bench.arguments.images / s for s in (cost["cpu_seconds"], limit_cpu))
         )
@@ -194,6 +200,22 @@ def run_loop(models: str, rows: pa.Table, out: str, category: str, arithmetic: A
     for batch in batches:
         write(scorer(decode(batch)))
     return rows.num_rows / (time.perf_counter() - start), time.process_time()
+
+
+def run_kernels(models: str, category: str, arithmetic: Arithmetic) -> float:
+    """Compute features alone in this process, on one thread: the images per second of teacher and student."""
+    torch.set_num_threads(1)
+    detector = stpm.load(models, category, backend=arithmetic.backend)
+    teacher = detector.teacher
+    with torch.inference_mode():
+        inputs = teacher.inputs(torch.zeros(_LOOP_BATCH, *teacher.preprocessing.input_shape, 3, dtype=torch.uint8))
+        for batch in range(_WARM_BATCHES + _KERNEL_BATCHES):
+            if batch == _WARM_BATCHES:
+                start = time.perf_counter()
+            teacher(inputs)
+            if detector.student:
+                teacher.compute(detector.student, inputs[-1])
+    return _KERNEL_BATCHES * _LOOP_BATCH / (time.perf_counter() - start)
 
 
 # fit
@@ -263,7 +285,7 @@ def measure_first(bench: Bench) -> Iterator[Measured]:
 
 def measure_together(bench: Bench) -> Iterator[Measured]:
     """Fit the category several times at once, each time in a process with a thread for every core."""
-    recipe = dataclasses.replace(_SCORED_MODELS["default"], min_steps=80)
+    recipe = dataclasses.replace(_DEFAULT, min_steps=80)
     category = dataclasses.replace(bench.category, train=bench.category.train[:100])
 
     def seconds(count: int) -> float:
