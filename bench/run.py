@@ -58,7 +58,7 @@ from stpm.fitting.splits import split_images
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, cpu_capabilities
 from stpm.method.backbones import DEMO_TEACHER
 from stpm.method.preprocessing import IMAGENET, Preprocessing
-from stpm.method.recipe import PRESETS, Recipe
+from stpm.method.recipe import PRESETS, Recipe, WantedPrecision
 from stpm.models.store import ModelStore
 from stpm.options import Size, WantedBackend
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -151,7 +151,7 @@ def measure_score(bench: Bench) -> Iterator[Measured]:
         images_of_peer = bench.images(_PEER_IMAGES)
         peer, exported = predict_speeds(bench.arguments.peer, bench.new_folder(), _PEER_TEACHER, images_of_peer)
     for name, recipe in list(_SCORED_MODELS.items())[: 1 if bench.arguments.small else None]:
-        models, _ = bench.fit(recipe)
+        models, _ = bench.fit(dataclasses.replace(recipe, precision=bench.arguments.precision))
         limit, limit_cpu = loop_speed(bench, models, images, CORES)
         cost, steady = bench.score(models, images)
         yield Measured(name, "images/s", steady, limit, peer, cost)
@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--category", default="bottle")
     parser.add_argument("--peer", default="", help="python of the environment that has anomalib")
     parser.add_argument("--backend", choices=get_args(WantedBackend), default="auto", help="what computes our features")
+    parser.add_argument("--precision", choices=get_args(WantedPrecision), default="auto", help="of `score`'s models")
     parser.add_argument("--repeats", type=int, default=3, help="runs, with seeds 0, 1, 2 (default: 3)")
     parser.add_argument("--epochs", type=int, default=15, help="of anomalib and of preset paper (default: 15)")
     parser.add_argument("--images", type=int, default=6000, help="images of `score` (default: 6000)")
