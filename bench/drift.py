@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -34,8 +34,8 @@ from tabulate import tabulate
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
 from stpm.detector import load
-from stpm.line.change import Verdict
-from stpm.line.night import CategoryNight
+from stpm.line.night import CategoryNight, Night
+from stpm.line.options import MonitoringOptions
 from stpm.line.significance import FloatArray
 from stpm.line.verdict import Reference, Sample, judge
 from stpm.method.calibration import threshold_rank
@@ -44,7 +44,6 @@ from stpm.models.store import ModelStore
 Transform = Callable[[Image.Image], Image.Image]
 
 _FALSE_ALARM_RATE = 0.01
-_FALSE_VERDICT_RATE = 0.05
 # Good images that calibrate the model, and images of a night.
 _CALIBRATION = 200
 _NIGHT = 1000
@@ -56,8 +55,8 @@ _EARLIER = 28
 # Training images of which statistics are computed, and good test images that a model scores with each fault.
 _MAX_IMAGES = 140
 _MAX_SCORED = 30
-# Verdicts that are given together, on one page: five categories, 30 nights.
-_VERDICTS = 5 * 30
+# Verdicts that are given together, on one page: of five categories on 30 nights, as of one on 150.
+_OPTIONS = MonitoringOptions(nights=5 * 30)
 _LAST_DATE = datetime.date(2026, 11, 24)
 
 
@@ -151,11 +150,15 @@ class Planted(NamedTuple):
 
     night: CategoryNight
     sample: Sample
-    earlier: Mapping[datetime.date, CategoryNight]
+    earlier: Sequence[CategoryNight]
     reference: Reference
 
-    def judge(self) -> Verdict:
-        return judge(*self, date=_LAST_DATE, is_idle=False, tests=_VERDICTS, false_verdict_rate=_FALSE_VERDICT_RATE)
+    def judge(self) -> CategoryNight:
+        nights = [
+            Night(str(_LAST_DATE - datetime.timedelta(days)), (), categories={"product": each})
+            for days, each in enumerate([self.night, *reversed(self.earlier)])
+        ]
+        return judge(nights[0], "product", self.sample, self.reference, nights[:0:-1], _OPTIONS)
 
 
 class Nights:
@@ -173,8 +176,7 @@ class Nights:
         self._half = order[: len(order) // 2]
         reference = Reference(_CALIBRATION, by_name(product.clean[order[len(order) // 2 :]]))
         self._calibration = np.sort(rng.random(_CALIBRATION))
-        dates = [_LAST_DATE - datetime.timedelta(days) for days in range(_EARLIER, 0, -1)]
-        earlier = {date: self._night(_USUAL_DEFECTS)[0] for date in dates}
+        earlier = [replace(self._night(_USUAL_DEFECTS)[0], level="fine") for _ in range(_EARLIER)]
         return Planted(*self._night(_USUAL_DEFECTS), earlier, reference)
 
     def camera_fault(self, number: int) -> Planted:
@@ -204,7 +206,7 @@ class Nights:
         clean, product = self.clean(), self._product
         reference = Reference(_CALIBRATION, by_name(product.clean))
         p_values = self._rng.choice(clean.sample.p_values, len(product.test))
-        return Planted(clean.night, Sample(p_values, by_name(product.test)), {}, reference)
+        return Planted(clean.night, Sample(p_values, by_name(product.test)), [], reference)
 
     def _night(self, defects: float) -> tuple[CategoryNight, Sample]:
         rng = self._rng

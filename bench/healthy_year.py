@@ -34,10 +34,9 @@ from scipy import stats
 from tabulate import tabulate
 
 from stpm.data.image_statistics import COMPARED
-from stpm.line.change import Verdict
 from stpm.line.night import CategoryNight, Night
 from stpm.line.options import MonitoringOptions
-from stpm.line.verdict import EARLIER, Reference, Sample, judge_categories
+from stpm.line.verdict import EARLIER, Reference, Sample, judge
 from stpm.method.calibration import threshold_rank
 
 _OPTIONS = MonitoringOptions()
@@ -176,9 +175,9 @@ def healthy_year(seed: int, categories: int, nights: int = 360) -> Year:
         if number % _MONTH == 0:
             levels.append(set())
         for record in night.categories.values():
-            if record.verdict and record.verdict.level in ("watch", "act"):
-                levels[-1].add(record.verdict.level)
-                reasons[f"{record.verdict.level}: {record.verdict.reasons[0]}"] += 1
+            if record.level in ("watch", "act"):
+                levels[-1].add(record.level)
+                reasons[f"{record.level}: {record.reasons[0]}"] += 1
     false = Counter(level for month in levels for level in month) + Counter(any=sum(map(bool, levels)))
     return Year(len(levels), false, reasons)
 
@@ -204,9 +203,10 @@ def judged(
 ) -> Night:
     """Judge a night of all categories."""
     night = Night(date.isoformat(), (), categories={name: record for name, (record, _) in made.items()})
-    samples = {name: sample for name, (_, sample) in made.items()}
-    references = {name: line.reference for name, line in lines.items()}
-    return replace(night, categories=judge_categories(night, samples, references, earlier, options))
+    categories = {
+        name: judge(night, name, sample, lines[name].reference, earlier, options) for name, (_, sample) in made.items()
+    }
+    return replace(night, categories=categories)
 
 
 class Trial(NamedTuple):
@@ -275,12 +275,10 @@ def named_by(trial: Trial, seed: int) -> int:
         if number == EARLIER - _MODEL_NIGHTS:
             line.refit()
         record, _ = line.night(date)
-        fine = replace(record, verdict=Verdict("fine"))
-        earlier.append(Night(date.isoformat(), (), categories={"product": fine}))
+        earlier.append(Night(date.isoformat(), (), categories={"product": replace(record, level="fine")}))
     for number, date in enumerate(dates[-_NAMED:], 1):
         night = judged({"product": line}, {"product": line.night(date, trial.fault)}, date, earlier, options)
-        verdict = night.categories["product"].verdict
-        if verdict and any(change.name in trial.fault.names for change in verdict.changes):
+        if any(change.name in trial.fault.names for change in night.categories["product"].changes):
             return number
         earlier.append(night)
     return _NAMED + 1

@@ -1,6 +1,7 @@
 """Checks of a page: its tags, and how a real browser shows it."""
 
 import io
+import re
 from html.parser import HTMLParser
 from itertools import product
 from typing import Any
@@ -29,13 +30,13 @@ class Tags(HTMLParser):
 
 
 def check_tags(tags: Tags, scripts: int = 1) -> None:
-    """Check that a page has no other script than its own, and loads no more than the JPEGs that it holds."""
+    """Check that a page has no other script than its own, and loads no more than the pictures that it holds."""
     assert [tag for tag, _ in tags.found].count("script") == scripts
     for tag, attributes in tags.found:
         assert not any(name.startswith("on") for name in attributes), tag
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name) or ""
-            assert tag == "a" or not value or value.startswith(("data:image/jpeg;base64,", "#")), (tag, value)
+            assert tag == "a" or not value or re.match("data:image/(jpeg|png);base64,|#", value), (tag, value[:100])
 
 
 def open_tab(browser: Any, uri: str) -> tuple[Any, list[str]]:

@@ -13,10 +13,11 @@ from stpm.cluster.placement import log_plan, on_cluster
 from stpm.errors import WebhookError
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
+from stpm.line.night_folder import NightFolder
 from stpm.line.night_record import update_records
 from stpm.line.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message
 from stpm.line.options import MonitoringOptions, NightlyOptions
-from stpm.line.page import page
+from stpm.line.page import page, top_images
 from stpm.line.score_nights import NightlyJob, score_nights
 from stpm.line.webhook import post
 from stpm.options import ClusterOptions
@@ -76,7 +77,8 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     created = timestamp()
     shown = [nights[day] for day in sorted(nights)][-job.monitoring.nights :]
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
-    storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created).encode())
+    top = top_images(NightFolder.of(job.out, shown[-1].day), job.store, job.monitoring.top)
+    storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created, top).encode())
     log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
     if job.monitoring.webhook:
         key = os.environ.get(_SECRET, "")

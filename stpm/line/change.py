@@ -1,12 +1,13 @@
-"""One thing that changed from one night to another, or since a model was fitted; and the verdict, a list of them."""
+"""One thing that changed from one night to another, or since a model was fitted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-Level = Literal["fine", "cannot tell", "watch", "act"]
-LEVELS: tuple[Level, ...] = ("fine", "cannot tell", "watch", "act")
+# The verdict on a category's night, from what is to act on to what needs nobody.
+Level = Literal["act", "watch", "not judged", "cannot tell", "fine"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Change:
     Args:
         name: a statistic's name, or `images`, `repeated`, `errors`, `alarms`, `scores` or `model`.
         level: by its size.
-        p_value: probability that chance makes as large a change; 0 for a plain fact.
+        p_value: probability that chance makes as large a change, in any of the tests that are made together; 0 for a
+            plain fact.
         size: how large it is, 1 where it begins to call for action.
         text: for people, in plain words with numbers.
     """
@@ -26,22 +28,6 @@ class Change:
     p_value: float
     size: float
     text: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict on a night. Causes come before their consequences, and large changes before small ones.
-
-    The p-values of its changes are corrected for all verdicts that are given together.
-    """
-
-    level: Level
-    changes: tuple[Change, ...] = ()
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """What changed, for people."""
-        return tuple(change.text for change in self.changes)
 
 
 class Limits(NamedTuple):
@@ -56,7 +42,7 @@ class Limits(NamedTuple):
 
     def change(self, name: str, size: float, p_value: float, text: str, highest: Level = "act") -> Change:
         """Return a change of this size, whose level is `highest` if the limits say more."""
-        return Change(name, min(self.level(size), highest, key=LEVELS.index), p_value, size / self.act, text)
+        return Change(name, max(self.level(size), highest, key=LEVELS.index), p_value, size / self.act, text)
 
 
 def percent(fraction: float) -> str:

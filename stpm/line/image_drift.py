@@ -99,43 +99,30 @@ def find_copies(statistics: Mapping[str, FloatArray], images: int) -> tuple[npt.
 
 
 def compare_statistics(night: Mapping[str, FloatArray], good: Mapping[str, FloatArray]) -> Iterator[Change]:
-    """Compare a night's images, one or more, with good ones, a statistic at a time; a p-value is that of one test."""
+    """Compare a night's images, one or more, with good ones, a statistic at a time; a p-value is that of one test.
+
+    Report that the night's median moved, or else images, too few to move it, that lie far beyond all good ones on one
+    side.
+    """
     for name, statistic in _STATISTICS.items():
-        values, usual = night[name], good[name]
-        if whole := _whole_night(name, statistic, values, usual):
-            yield whole
-        else:
-            for beyond in (values[values > usual.max()], values[values < usual.min()]):
-                yield from _part_of_night(name, statistic, beyond, len(values), usual)
-
-
-def _whole_night(name: str, statistic: _Statistic, night: FloatArray, good: FloatArray) -> Change | None:
-    """Return the change that the night's median moved, or None."""
-    middle, usual = float(np.median(night)), float(np.median(good))
-    change = statistic.change(middle, usual)
-    if statistic.limits.level(abs(change)) == "fine":
-        return None
-    # The standard deviation, estimated so that single odd images do not count.
-    deviation = max(float(stats.median_abs_deviation(good, scale="normal")), 1e-9)
-    highest = _DEVIATIONS.level(abs(middle - usual) / deviation)
-    if highest == "fine":
-        return None
-    text = f"{statistic.describe(change)} than in training: {statistic.cause}"
-    return statistic.limits.change(name, abs(change), compare_samples(night, good)[1], text, highest)
-
-
-def _part_of_night(
-    name: str, statistic: _Statistic, beyond: FloatArray, images: int, good: FloatArray
-) -> Iterator[Change]:
-    """Report images, too few to move the night's median, that lie far beyond all good ones on one side."""
-    fraction = len(beyond) / images
-    if _PART_OF_NIGHT.level(fraction) == "fine":
-        return
-    change = statistic.change(float(np.median(beyond)), float(np.median(good)))
-    if abs(change) >= statistic.limits.act:
-        text = (
-            f"{percent(fraction)} of the images are unlike every training image: {statistic.describe(change)}; "
-            f"{statistic.cause}"
-        )
-        p_value = exceedances(len(beyond), images, len(good))
-        yield _PART_OF_NIGHT.change(name, fraction, p_value, text)
+        limits, values, usual = statistic.limits, night[name], good[name]
+        middle, good_middle = float(np.median(values)), float(np.median(usual))
+        change = statistic.change(middle, good_middle)
+        if limits.level(abs(change)) != "fine":
+            # The standard deviation, estimated so that single odd images do not count.
+            deviation = max(float(stats.median_abs_deviation(usual, scale="normal")), 1e-9)
+            highest = _DEVIATIONS.level(abs(middle - good_middle) / deviation)
+            if highest != "fine":
+                text = f"{statistic.describe(change)} than in training: {statistic.cause}"
+                yield limits.change(name, abs(change), compare_samples(values, usual)[1], text, highest)
+                continue
+        for beyond in (values[values > usual.max()], values[values < usual.min()]):
+            fraction = len(beyond) / len(values)
+            if _PART_OF_NIGHT.level(fraction) == "fine":
+                continue
+            change = statistic.change(float(np.median(beyond)), good_middle)
+            if abs(change) >= limits.act:
+                what = f"{statistic.describe(change)}; {statistic.cause}"
+                text = f"{percent(fraction)} of the images are unlike every training image: {what}"
+                p_value = exceedances(len(beyond), len(values), len(usual))
+                yield _PART_OF_NIGHT.change(name, fraction, p_value, text)

@@ -1,4 +1,4 @@
-"""The record of one night of all categories, as it is stored: counts of its rows, verdicts, pictures."""
+"""The record of one night of all categories, as it is stored: counts of its rows, and verdicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from stpm.errors import join_first
-from stpm.line.change import LEVELS, Level, Verdict
+from stpm.line.change import LEVELS, Change, Level
 from stpm.line.significance import Rate
 
 
@@ -48,7 +48,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryNight(Counts):
-    """One category's rows of one night.
+    """One category's rows of one night, and the verdict on it.
 
     Args:
         model_id: of the model that scored most of the images; "" if none did.
@@ -57,7 +57,8 @@ class CategoryNight(Counts):
         median_p_value: about 0.5 on a night of good images; None without scores.
         medians: of image statistics, by name; empty without scores.
         training_medians: the same of the training images; empty if unknown.
-        verdict: None until it is given.
+        level: the verdict.
+        changes: its reasons: causes before their consequences, and large changes before small ones.
     """
 
     model_id: str
@@ -66,41 +67,13 @@ class CategoryNight(Counts):
     median_p_value: float | None = None
     medians: dict[str, float] = field(default_factory=dict)
     training_medians: dict[str, float] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    level: Level = "not judged"
+    changes: tuple[Change, ...] = ()
 
     @property
-    def level(self) -> Level | None:
-        """That of the verdict; None until it is given."""
-        return self.verdict.level if self.verdict else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErrorExample:
-    """An image that has no score."""
-
-    kind: str
-    category: str
-    uri: str
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopImage:
-    """The most anomalous image of a kind of alarms, or one that looks like no other.
-
-    Args:
-        picture: a data URI; "" if the image or its model can no longer be read.
-        alike: how many of the night's most anomalous images look like it, itself included.
-    """
-
-    uri: str
-    category: str
-    score: float
-    threshold: float
-    p_value: float
-    is_anomalous: bool
-    picture: str
-    alike: int = 1
+    def reasons(self) -> tuple[str, ...]:
+        """What changed, for people."""
+        return tuple(change.text for change in self.changes)
 
 
 @dataclass(frozen=True)
@@ -113,8 +86,7 @@ class Night:
         runs: names of the runs. If there are others, the record is made anew.
         unfinished: images that a run lists and that have no row.
         problem: why something of the night is missing, "" if nothing is.
-        error_examples: a few of each kind.
-        top: some of the most anomalous images: one of each kind, the largest kinds first, then others.
+        error_examples: a few images without a score of each kind: `kind`, `category`, `uri` and `message`.
         pages: names of the runs that have a triage.html: an unfinished run has none.
     """
 
@@ -124,8 +96,7 @@ class Night:
     unfinished: int = 0
     problem: str = ""
     categories: dict[str, CategoryNight] = field(default_factory=dict)
-    error_examples: tuple[ErrorExample, ...] = ()
-    top: tuple[TopImage, ...] = ()
+    error_examples: tuple[dict[str, str], ...] = ()
     pages: tuple[str, ...] = ()
 
     @property
@@ -145,23 +116,25 @@ class Night:
     def levels(self) -> dict[str, int]:
         """The number of categories by level, those to act on first."""
         found = Counter(category.level for category in self.categories.values())
-        return {level: found[level] for level in reversed(LEVELS)}
+        return {level: found[level] for level in LEVELS}
 
     @property
     def is_judged(self) -> bool:
         """Whether all images of its runs have a row, and every category a verdict."""
-        return bool(self.runs) and not self.unfinished and all(each.verdict for each in self.categories.values())
+        return bool(self.runs) and not self.unfinished and not self.levels["not judged"]
 
-    def ordered_categories(self) -> list[tuple[str, CategoryNight]]:
-        """List the categories: to act on, to watch, not judged, unable to tell, fine; large changes come first."""
-        levels = ("act", "watch", None, "cannot tell", "fine")
+    def ordered_categories(self) -> dict[str, CategoryNight]:
+        """Return the categories by name, those to act on first, and of one level those with the largest changes."""
 
-        def key(item: tuple[str, CategoryNight]) -> tuple[int, float, str]:
-            name, category = item
-            changes = category.verdict.changes if category.verdict else ()
-            return levels.index(category.level), -max((change.size for change in changes), default=0.0), name
+        def key(name: str) -> tuple[int, float, str]:
+            category = self.categories[name]
+            return LEVELS.index(category.level), -max((each.size for each in category.changes), default=0.0), name
 
-        return sorted(self.categories.items(), key=key)
+        return {name: self.categories[name] for name in sorted(self.categories, key=key)}
+
+    def flagged(self) -> list[str]:
+        """List the names of the categories to look at, in that order."""
+        return [name for name, each in self.ordered_categories().items() if each.level not in ("not judged", "fine")]
 
     def headline(self) -> str:
         """Describe the night in one line."""

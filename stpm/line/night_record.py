@@ -1,41 +1,26 @@
-"""Bring the records of several nights up to date: count each night's rows, judge its categories, draw images."""
+"""Bring the records of several nights up to date: count each night's rows, and judge its categories."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 
 from stpm import storage
-from stpm.errors import (
-    ConfigError,
-    DataError,
-    ModelDamagedError,
-    ModelError,
-    ModelUnreadableError,
-    with_remedy,
-)
-from stpm.line.night import CategoryNight, Night, TopImage
+from stpm.errors import ConfigError, DataError, ModelDamagedError, ModelUnreadableError, with_remedy
+from stpm.line.night import CategoryNight, Night
 from stpm.line.night_folder import NightFolder
 from stpm.line.rows import RowCounter, read_rows
 from stpm.line.score_nights import NightlyJob
 from stpm.line.significance import FloatArray
-from stpm.line.verdict import EARLIER, Reference, judge_categories
+from stpm.line.verdict import EARLIER, Reference, judge
 from stpm.method.calibration import promised_rates
-from stpm.method.preprocessing import Preprocessing
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
-from stpm.scoring.kinds import Row, group_alarms
 from stpm.scoring.output import RunOutput
-from stpm.scoring.ranked_rows import most_anomalous
-from stpm.scoring.triage import THREADS, picture
-
-_TOP_IMAGES = 12
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +40,13 @@ def update_records(
         earlier = [nights[day] for day in sorted(nights) if day < date][-count:]
         try:
             with with_remedy(folder.how_to_start_over):
-                nights[date] = night = _update_record(job, folder, earlier, problem)
+                night = folder.read()
+                # It is made anew if rows were added since it was written, or it was not judged.
+                if night and night.is_judged and night.runs == tuple(output.name for output in folder.manifests()):
+                    night = replace(night, problem=problem)
+                else:
+                    night = make_record(job, folder, earlier, problem)
+            nights[date] = night
             # Write no record for a day without images: --date may be mistyped.
             if folder in folders or night.categories or night.problem:
                 folder.write(night)
@@ -77,14 +68,6 @@ def _read(folders: Iterable[NightFolder]) -> dict[datetime.date, Night]:
     return nights
 
 
-def _update_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
-    """Return the night's record, made anew if rows were added since it was written or it was not judged."""
-    night = folder.read()
-    if night and night.is_judged and night.runs == tuple(output.name for output in folder.manifests()):
-        return replace(night, problem=problem)
-    return make_record(job, folder, earlier, problem)
-
-
 def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], problem: str) -> Night:
     """Make the record of a night from its rows, given those of the nights before it, oldest first.
 
@@ -103,7 +86,7 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
     # scored some.
     models = _choose_models(rows, outputs, () if problem or unfinished else earlier[-job.monitoring.nights :])
     try:
-        loaded = storage.in_parallel(lambda name: _load_reference(job.store, name, models[name]), list(models))
+        loaded = storage.in_parallel(lambda name: _load_reference(job.store, name, models[name]), models)
         references = dict(zip(models, loaded, strict=True))
     except ModelUnreadableError as error:
         # Storage failed: the next start judges the night.
@@ -112,20 +95,19 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
     # What the first run requested.
     configs = (output.state.record.config for output in outputs)
     rate = next((config.false_alarm_rate for config in configs if config), job.scoring.false_alarm_rate)
-    counters = {name: rows.get(name) or RowCounter() for name in models}
-    samples = {name: counter.sample() for name, counter in counters.items()}
-    categories = {}
-    for name, counter in counters.items():
-        (p_values, statistics), reference = samples[name], references[name]
+    samples, categories = {}, {}
+    for name, model_id in models.items():
+        counter, reference = rows.get(name) or RowCounter(), references[name]
+        samples[name] = sample = counter.sample()
         categories[name] = CategoryNight(
-            model_id=models[name],
+            model_id=model_id,
             images=counter.images,
             alarms=counter.alarms,
             errors=dict(counter.errors.most_common()),
             false_alarm_rate=reference.decided_rate if reference.decision else rate,
             decision=reference.decision,
-            median_p_value=float(np.median(p_values)) if len(p_values) else None,
-            medians=_medians(statistics),
+            median_p_value=float(np.median(sample.p_values)) if len(sample.p_values) else None,
+            medians=_medians(sample.statistics),
             training_medians=_medians(reference.statistics),
         )
     night = Night(
@@ -136,12 +118,12 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
         problem=problem,
         categories=categories,
         error_examples=error_examples,
-        top=_top_images(outputs, job.store, max(job.monitoring.top, _TOP_IMAGES)),
         pages=tuple(output.name for output in outputs if storage.exists(output.triage)),
     )
     if problem or unfinished:
         return night
-    return replace(night, categories=judge_categories(night, samples, references, earlier, job.monitoring))
+    judged = {n: judge(night, n, samples[n], references[n], earlier, job.monitoring) for n in categories}
+    return replace(night, categories=judged)
 
 
 def _choose_models(
@@ -184,22 +166,3 @@ def _load_reference(store: ModelStore, category: str, model_id: str) -> Referenc
 
 def _medians(values: Mapping[str, FloatArray]) -> dict[str, float]:
     return {name: float(np.median(numbers)) for name, numbers in values.items() if len(numbers)}
-
-
-def _top_images(outputs: Sequence[RunOutput], store: ModelStore, count: int) -> tuple[TopImage, ...]:
-    """Select one image of each kind among a night's most anomalous ones, then others; draw each with its heatmap."""
-    found = [row | {"output": output} for output in outputs for row in most_anomalous(output, count)]
-    found = sorted(found, key=lambda row: (row["margin"], row["uri"]), reverse=True)[:count]
-
-    @cache
-    def preprocessing(category: str, model_id: str) -> Preprocessing:
-        return store.record(category, model_id).preprocessing
-
-    def draw(kind: Sequence[Row]) -> TopImage:
-        row, drawn = kind[0], ""
-        with suppress(ModelError):
-            drawn = picture(row["output"], row, preprocessing(row["category"], row["model_id"]))
-        values = {name: row[name] for name in ("uri", "category", "score", "threshold", "p_value", "is_anomalous")}
-        return TopImage(**values, picture=drawn, alike=len(kind))
-
-    return tuple(storage.in_parallel(draw, group_alarms(found)[:_TOP_IMAGES], THREADS))

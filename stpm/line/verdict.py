@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,17 +17,17 @@ import numpy as np
 
 from stpm.data.image_statistics import COMPARED
 from stpm.line import image_drift
-from stpm.line.change import LEVELS, Change, Level, Limits, Verdict, percent
+from stpm.line.change import LEVELS, Change, Level, Limits, percent
 from stpm.line.night import CategoryNight, Night
 from stpm.line.options import MonitoringOptions
 from stpm.line.significance import (
     FloatArray,
     Rate,
-    compare_counts,
-    compare_rates,
-    compare_scores,
+    compare_nights,
+    compare_samples,
     exceedances,
     pool,
+    pool_groups,
 )
 from stpm.method.calibration import min_calibration_images, threshold_rank
 
@@ -45,12 +45,8 @@ _BONFERRONI = {
     "scores": _KINDS,
     **dict.fromkeys(COMPARED, _KINDS * image_drift.TESTS),
 }
-# Causes come before their consequences.
-_ORDER = {
-    name: i
-    for i, names in enumerate((("images", "repeated", "errors"), COMPARED, ("alarms",), ("scores",)))
-    for name in names
-}
+# Causes come before their consequences: what else there is, these, alarms, scores.
+_CONSEQUENCES = {**dict.fromkeys(COMPARED, 1), "alarms": 2, "scores": 3}
 
 # Distance between the distributions of the night's scores and the calibration's; defects change it by their fraction.
 _SCORES = Limits(0.25, 0.5)
@@ -94,11 +90,19 @@ class Reference:
     decided_rate: float = 0.0
     problem: str = ""
 
-    def held_out_p_values(self, p_values: FloatArray) -> FloatArray:
-        """Return the p-values by a calibration without the added images, which are not a random sample."""
-        as_high = np.rint(p_values * (self.calibration_count + 1)) - 1
+    def compare_scores(self, p_values: FloatArray) -> tuple[float, float, float]:
+        """Compare scores, by their p-values, with those of the calibration that no person added: a random sample.
+
+        Returns:
+            Distance and p-value, as of `compare_samples`, and the median of the p-values by that calibration.
+        """
+        # A p-value gives the rank of a score among the calibration's, and the test needs only ranks.
+        as_high = np.rint(np.asarray(p_values, np.float64) * (self.calibration_count + 1)) - 1
         as_high -= np.searchsorted(self.added, as_high, side="right")
-        return (as_high + 1) / (self.calibration_count - len(self.added) + 1)
+        count = self.calibration_count - len(self.added)
+        # Calibration scores at 1 to n in descending order, and the night's between them.
+        distance, p_value = compare_samples(as_high + 0.5, np.arange(1.0, count + 1))
+        return distance, p_value, float(np.median(as_high) + 1) / (count + 1)
 
 
 class Sample(NamedTuple):
@@ -113,79 +117,46 @@ class Sample(NamedTuple):
     statistics: Mapping[str, FloatArray]
 
 
-def judge_categories(
+def judge(
     night: Night,
-    samples: Mapping[str, Sample],
-    references: Mapping[str, Reference],
+    name: str,
+    sample: Sample,
+    reference: Reference,
     earlier: Sequence[Night],
     options: MonitoringOptions,
-) -> dict[str, CategoryNight]:
-    """Return the categories of a night with their verdicts, given those of the nights before it, oldest first.
-
-    Images whose model has no good images are a reason to act.
-    """
-    categories = night.categories
-    is_idle = sum(not each.images for each in categories.values()) > len(categories) / 2 and len(categories) > 1
-    judged = {}
-    for name, category in categories.items():
-        reference = references[name]
-        if category.images and reference.problem:
-            verdict = Verdict("act", (Change("model", "act", p_value=0.0, size=1.0, text=reference.problem),))
-        else:
-            # Images may be missing from nights that were not judged.
-            past = {n.day: each for n in earlier[-EARLIER:] if (each := n.categories.get(name)) and each.verdict}
-            verdict = judge(
-                category,
-                samples[name],
-                past,
-                reference,
-                date=night.day,
-                is_idle=is_idle,
-                tests=len(categories) * options.nights,
-                false_verdict_rate=options.false_verdict_rate,
-            )
-        judged[name] = replace(category, verdict=verdict)
-    return judged
-
-
-def judge(
-    night: CategoryNight,
-    sample: Sample,
-    earlier: Mapping[datetime.date, CategoryNight],
-    reference: Reference,
-    *,
-    date: datetime.date,
-    is_idle: bool,
-    tests: int,
-    false_verdict_rate: float,
-) -> Verdict:
-    """Judge a night of one category, by the counts of all its rows and a sample of those with a score.
+) -> CategoryNight:
+    """Return a category of a night with its verdict, by the counts of all its rows and a sample of those with a score.
 
     Args:
-        night, sample: what is judged.
-        earlier: the category's nights before it by date, for what is counted; images are compared with the model's.
-        reference: the good images of the model that scored the night; it needs none for a night without scores.
-        date: of the night, for its weekday.
-        is_idle: most categories have no images on this night.
-        tests: number of verdicts that are given together (categories × nights).
-        false_verdict_rate: probability, in (0, 1), that any of these is `watch` or `act` though nothing has changed.
+        night: with all categories, since `options.false_verdict_rate` holds for all verdicts of a page together.
+        reference: the good images of the model that scored the category. Images whose model has none are a reason to
+            act; a night without scores needs none.
+        earlier: the nights before it, oldest first, for what is counted; images are compared with the model's.
     """
+    category, tests = night.categories[name], len(night.categories) * options.nights
+    if category.images and reference.problem:
+        return replace(category, level="act", changes=(Change("model", "act", 0.0, 1.0, reference.problem),))
+    # Images may be missing from nights that were not judged.
+    found_before = ((each.day, each.categories.get(name)) for each in earlier[-EARLIER:])
+    before = {day: each for day, each in found_before if each and each.level != "not judged"}
+    past = list(before.values())
     changes = (
-        *_fewer_images(night, date, earlier, is_idle),
-        *_errors(night, list(earlier.values())),
-        *_images_and_scores(night, sample, list(earlier.values()), reference),
+        *_fewer_images(before | {night.day: category}, night),
+        *_errors(category, past),
+        *_images_and_scores(category, sample, past, reference),
     )
     # Of two changes with one name, keep the larger one.
     found: dict[str, Change] = {}
     for change in sorted(changes, key=lambda change: change.size):
         adjusted = min(change.p_value * _BONFERRONI.get(change.name, 1) * tests, 1.0)
-        if change.level != "fine" and adjusted <= false_verdict_rate:
+        if change.level != "fine" and adjusted <= options.false_verdict_rate:
             found[change.name] = replace(change, p_value=adjusted)
-    if not found and night.images:
-        limit = false_verdict_rate / (_BONFERRONI["alarms"] * tests)
-        found = {change.name: change for change in _doubts(night, list(earlier.values()), reference, limit)}
-    ordered = sorted(found.values(), key=lambda change: (_ORDER[change.name], -change.size))
-    return Verdict(max((change.level for change in ordered), default="fine", key=LEVELS.index), tuple(ordered))
+    if not found and category.images:
+        limit = options.false_verdict_rate / (_BONFERRONI["alarms"] * tests)
+        found = {change.name: change for change in _doubts(category, past, reference, limit)}
+    ordered = sorted(found.values(), key=lambda change: (_CONSEQUENCES.get(change.name, 0), -change.size))
+    levels: list[Level] = ["fine", *(change.level for change in ordered)]
+    return replace(category, level=min(levels, key=LEVELS.index), changes=tuple(ordered))
 
 
 def _doubts(
@@ -230,47 +201,50 @@ def _images_and_scores(
     statistics = {name: values[distinct] for name, values in sample.statistics.items()}
     yield from image_drift.compare_statistics(statistics, reference.statistics)
     yield from _alarms(night, earlier, reference.calibration_count)
-    if held_out := reference.calibration_count - len(reference.added):
-        yield _scores(reference.held_out_p_values(sample.p_values[distinct]), held_out)
+    if reference.calibration_count > len(reference.added):
+        distance, p_value, middle = reference.compare_scores(sample.p_values[distinct])
+        if middle < 0.5:
+            text = f"higher than the calibration's: half of the images score above {percent(1 - middle)} of it"
+            cause = "has the product changed, or the model aged?"
+        else:
+            text = f"lower than the calibration's: half of the images score below {percent(middle)} of it"
+            cause = "do the images still show what they should?"
+        yield _SCORES.change("scores", distance, p_value, f"scores are {text}; {cause}")
 
 
-def _fewer_images(
-    night: CategoryNight, date: datetime.date, earlier: Mapping[datetime.date, CategoryNight], is_idle: bool
-) -> Iterator[Change]:
+def _fewer_images(nights: Mapping[datetime.date, CategoryNight], last: Night) -> Iterator[Change]:
     """Compare with the same weekdays, or in the first weeks of a product that never rests with all nights."""
-    days = [*sorted(earlier), date]
-    images = [*(earlier[day].images for day in days[:-1]), night.images]
-    empty, highest = _describe_empty(days, images, is_idle) if not night.images else ("", "act")
+    counts = [Rate(each.images, 1, day.weekday()) for day, each in nights.items()]
     for length in _WINDOWS:
-        weeks = Counter(day.weekday() for day in days[:-length])
-        fewest = min(weeks[day.weekday()] for day in days[-length:])
+        now, before = counts[-length:], counts[:-length]
+        weeks = Counter(night.group for night in before)
+        fewest = min(weeks[night.group] for night in now)
         # The line may rest on a weekday of which there was none yet.
         if not fewest:
             continue
-        by_weekday = fewest >= _MIN_WEEKS or not all(images[:-length])
-        groups = [day.weekday() if by_weekday else 0 for day in days]
-        usual = defaultdict[int, list[int]](list)
-        for group, count in zip(groups[:-length], images, strict=False):
-            usual[group].append(count)
-        expected = sum(sum(usual[group]) / len(usual[group]) for group in groups[-length:])
-        found = sum(images[-length:])
+        if fewest < _MIN_WEEKS and all(night.events for night in before):
+            now, before = ([night._replace(group=0) for night in part] for part in (now, before))
+        usual, found = pool_groups(before), pool(now).events
+        expected = sum(usual[night.group].value for night in now)
         missing = 1 - found / expected if expected else 0.0
         # Most nights need no test.
         if _MISSING.level(missing) != "fine":
-            p_value = compare_counts(list(zip(groups, images, strict=True))[-length:], usual)
-            text = empty or f"only {found:,} images{_on(days[-length:])}; {expected:,.0f} are usual"
-            yield _MISSING.change("images", missing, p_value, text, highest)
+            p_value = compare_nights(now, before, fewer=True)
+            if counts[-1].events:
+                text = f"only {found:,} images{_on(now)}; {expected:,.0f} are usual"
+                yield _MISSING.change("images", missing, p_value, text)
+            else:
+                yield _MISSING.change("images", missing, p_value, *_describe_empty(nights, last))
 
 
-def _describe_empty(days: Sequence[datetime.date], images: Sequence[int], is_idle: bool) -> tuple[str, Level]:
-    """Describe a night without images, the last one, and return the highest level that it can have."""
-    last = max((i for i, count in enumerate(images) if count), default=None)
-    text = "no images tonight"
-    if last is not None:
-        text += f"; {images[last]:,} on {days[last]}"
-    if is_idle:
+def _describe_empty(nights: Mapping[datetime.date, CategoryNight], last: Night) -> tuple[str, Level]:
+    """Describe a night without images, after others with some, and return the highest level that it can have."""
+    day = max(day for day, each in nights.items() if each.images)
+    text = f"no images tonight; {nights[day].images:,} on {day}"
+    others = [not each.images for each in last.categories.values()]
+    if len(others) > 1 and sum(others) > len(others) / 2:
         return f"{text}. Most categories have none: was the plant closed, or are files missing?", "watch"
-    return text, "act" if last is not None and len(days) - 1 - last <= _NO_LONGER_MADE else "watch"
+    return text, "act" if sum(each > day for each in nights) <= _NO_LONGER_MADE else "watch"
 
 
 def _errors(night: CategoryNight, earlier: Sequence[CategoryNight]) -> Iterator[Change]:
@@ -300,27 +274,24 @@ def _alarms(night: CategoryNight, earlier: Sequence[CategoryNight], calibration_
     if not rate or not calibration_count:
         return
     wanted = (night.model_id, night.false_alarm_rate)
-    same = [past for past in earlier if (past.model_id, past.false_alarm_rate) == wanted]
-    for now, usual, p_value in _compare_with_usual(
-        [*filter(None, (past.alarm_rate for past in same)), rate], _MORE_ALARMS
-    ):
+    same = [past.alarm_rate for past in earlier if (past.model_id, past.false_alarm_rate) == wanted]
+    for now, usual, p_value in _compare_with_usual([*filter(None, same), rate], _MORE_ALARMS):
         recent, before = pool(now), pool(usual).value
-        nights = f"{percent(before)} on {len(usual)} nights before"
-        text = f"more alarms than usual: {_describe(recent)}{_on(now)}, {nights}"
+        text = f"more alarms than usual: {_describe(recent)}{_on(now)}, {percent(before)} on {len(usual)} nights before"
         yield _MORE_ALARMS.change("alarms", recent.value - before, p_value, text)
     what = "the threshold that a person decided lets expect" if night.decision else "the requested"
     text = f"more alarms than {what} {percent(night.false_alarm_rate)}: {_describe(rate)}"
-    p_value = _above_requested(*rate, calibration_count, night.false_alarm_rate)
+    p_value = _above_requested(rate.events, rate.total, calibration_count, night.false_alarm_rate)
     rank = threshold_rank(calibration_count, night.false_alarm_rate)
     yield _ALARMS.change("alarms", rate.value - rank / (calibration_count + 1), p_value, text)
 
 
 def _above_requested(alarms: int, images: int, calibration_count: int, false_alarm_rate: float) -> float:
     """Return the p-value of as many alarms or more above a calibration's threshold, beside the expected defects."""
-    defects = min(math.ceil(_ALARMS.watch * images), alarms)
     if false_alarm_rate >= 1:
         # A person decided a threshold below all calibration scores.
         return 1.0
+    defects = min(math.ceil(_ALARMS.watch * images), alarms)
     rank = threshold_rank(calibration_count, false_alarm_rate)
     return exceedances(alarms - defects, images - defects, calibration_count, rank)
 
@@ -344,25 +315,13 @@ def _compare_with_usual(rates: Sequence[Rate], limits: Limits) -> Iterator[tuple
             continue
         usual = _usual(before, limits.watch)
         if limits.level(rate - pool(usual).value) != "fine":
-            yield now, usual, compare_rates(now, usual)
+            yield now, usual, compare_nights(now, usual)
 
 
 def _usual(rates: Sequence[Rate], margin: float) -> list[Rate]:
     """Return the rates, lowest first, without those that stand out above all lower ones by more than a margin."""
     usual: list[Rate] = []
     for rate in sorted(rates, key=lambda rate: rate.value):
-        if not (usual and rate.value > pool(usual).value + margin and compare_rates([rate], usual) < _FAULT_P_VALUE):
+        if not (usual and rate.value > pool(usual).value + margin and compare_nights([rate], usual) < _FAULT_P_VALUE):
             usual.append(rate)
     return usual
-
-
-def _scores(p_values: FloatArray, calibration_count: int) -> Change:
-    distance, p_value = compare_scores(p_values, calibration_count)
-    middle = float(np.median(p_values))
-    if middle < 0.5:
-        text = f"scores are higher than the calibration's: half of the images score above {percent(1 - middle)} of it"
-        cause = "has the product changed, or the model aged?"
-    else:
-        text = f"scores are lower than the calibration's: half of the images score below {percent(middle)} of it"
-        cause = "do the images still show what they should?"
-    return _SCORES.change("scores", distance, p_value, f"{text}; {cause}")

@@ -11,7 +11,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import duckdb
 import pyarrow as pa
@@ -20,8 +19,7 @@ import pytest
 from stpm import storage
 from stpm.errors import ConfigError, ModelUnreadableError, RunInterruptedError
 from stpm.jobs import nightly
-from stpm.line import night_record, score_nights, verdict
-from stpm.line.change import Verdict
+from stpm.line import night_record, score_nights
 from stpm.line.night import Night
 from stpm.line.night_folder import NightFolder
 from stpm.line.score_nights import NightlyJob
@@ -62,13 +60,13 @@ def test_a_night_is_scored_and_reported_and_too_many_errors_are_exit_code_2(
     night = record(job)
     assert (night.total.images, night.total.scored, night.total.errors) == (4, 3, {"damaged": 1})
     assert night.categories["nut"].images == 4
-    assert [example.message for example in night.error_examples] == ["cut off"]
-    assert [Path(image.uri).stem for image in night.top] == [
-        Path(row["uri"]).stem for row in sorted(job.rows(), key=lambda row: -(row["score"] or 0))[:3]
-    ]
+    assert [example["message"] for example in night.error_examples] == ["cut off"]
     values = json.loads(storage.read(f"{job.out}/nightly.json"))
     assert [(shown["date"], shown["images"]) for shown in values["nights"]] == [("2026-11-24", 4)]
-    assert b"Night of 2026-11-24" in storage.read(f"{job.out}/nightly.html")
+    html = storage.read(f"{job.out}/nightly.html").decode()
+    assert "Night of <time>2026-11-24</time>" in html
+    ranked = [row["uri"] for row in sorted(job.rows(), key=lambda row: -(row["score"] or 0))[:3]]
+    assert re.findall(r'role="img" aria-label="(/.*?)"><g', html) == ranked
     # No folder is made for nights that have nothing.
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
 
@@ -115,7 +113,7 @@ def test_missed_nights_are_caught_up_and_all_nights_are_one_table(job: Nightly) 
     assert job(AFTER) == 3
     assert (job.names(BEFORE), job.names(DATE)) == (["a", "c"], ["b"])
     category = record(job, AFTER).categories["nut"]
-    assert (category.images, category.verdict) == (0, Verdict("fine"))
+    assert (category.images, category.level) == (0, "fine")
     rows = duckdb.read_parquet(f"{job.out}/date=*/scores/*.parquet", hive_partitioning=True)
     assert sorted(rows.aggregate("date, count(*)").fetchall()) == [(BEFORE, 2), (DATE, 1)]
 
@@ -261,7 +259,7 @@ def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypat
         assert job() == 2
     night = record(job)
     assert (night.total.images, night.problem) == (3, "s3://plant/models: 503 Slow Down")
-    assert night.categories["nut"].verdict is None
+    assert night.categories["nut"].level == "not judged"
     assert job() == 0
     assert record(job).problem == ""
     assert record(job).categories["nut"].level == "cannot tell"
@@ -286,7 +284,7 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     assert record(job).problem == "a node was lost"
     before = record(job, BEFORE)
     assert before.problem == "not looked at, because 2026-11-24 was interrupted: a node was lost"
-    assert (before.unfinished, before.categories["nut"].verdict) == (3, None)
+    assert (before.unfinished, before.categories["nut"].level) == (3, "not judged")
     assert len(NightFolder.find_all(job.out)) == 2
     # Those that have no folder.
     missed = "2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was interrupted: a node was lost"
@@ -386,20 +384,6 @@ def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
     config = json.loads(storage.read(runs[1].uri))["config"]
     assert (config["output"]["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
     assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
-
-
-def test_a_verdict_has_its_part_of_the_rate_of_false_verdicts(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(ModelStore(str(job.root / "models")), TINY, "bolt")
-    judged = Mock(return_value=Verdict("fine"))
-    monkeypatch.setattr(verdict, "judge", judged)
-    job.dump(DATE, "a")
-    storage.publish(f"{job.root}/dump/{DATE}/bolt/b.png", storage.read(f"{job.root}/dump/{DATE}/nut/a.png"))
-    job(nights=7)
-    # Two categories, on a page of seven nights, the second without any image.
-    expected = {"date": DATE, "is_idle": False, "tests": 14, "false_verdict_rate": 0.05}
-    assert [call.kwargs for call in judged.call_args_list] == [expected] * 2
-    job(AFTER, nights=7)
-    assert [call.kwargs for call in judged.call_args_list[2:]] == [expected | {"date": AFTER, "is_idle": True}] * 2
 
 
 def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(

@@ -3,28 +3,24 @@
 import datetime
 
 import numpy as np
-from PIL import Image
 
-from stpm.data.encode import encode_jpeg
-from stpm.line.change import Change, Level, Verdict
-from stpm.line.night import CategoryNight, ErrorExample, Night, TopImage
-from stpm.pages import data_uri
+from stpm.line.change import Change, Level
+from stpm.line.night import CategoryNight, Night
 
 LAST = datetime.date(2026, 11, 24)
 
 
-def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> CategoryNight:
+def make_record(rng: np.random.Generator, level: Level, reason: str) -> CategoryNight:
     """Make a night of a category with 2,000 images."""
     alarms = int(rng.binomial(2000, 0.01 if level == "fine" else 0.04))
-    verdict = Verdict("fine", ()) if level else None
+    changes: tuple[Change, ...] = ()
     if level == "cannot tell":
-        verdict = Verdict(level, (Change("alarms", level, p_value=1.0, size=0.0, text=reason),))
-    elif level and level != "fine":
+        changes = (Change("alarms", level, p_value=1.0, size=0.0, text=reason),)
+    elif level in ("act", "watch"):
         changes = (
             Change("brightness", level, p_value=1e-9, size=2.0, text=reason),
             Change("alarms", level, p_value=1e-4, size=1.0, text=reason),
         )
-        verdict = Verdict(level, changes)
     brightness = 120 + float(rng.normal(0, 1)) + (12 if level == "act" else 0)
     return CategoryNight(
         model_id="nut-0123456789ab",
@@ -36,7 +32,8 @@ def make_record(rng: np.random.Generator, level: Level | None, reason: str) -> C
         median_p_value=float(rng.uniform(0.45, 0.55)) if level == "fine" else 0.3,
         medians={"brightness": brightness},
         training_medians={"brightness": 120.0},
-        verdict=verdict,
+        level=level,
+        changes=changes,
     )
 
 
@@ -51,21 +48,8 @@ def make_nights(
 ) -> list[Night]:
     """Make nights on the last of which the first categories are to act on, the next ones to watch, the next unclear."""
     rng = np.random.default_rng(0)
-    jpeg = encode_jpeg(Image.fromarray(rng.integers(60, 200, (64, 96, 3), np.uint8)).resize((384, 256)))
-    top = tuple(
-        TopImage(
-            uri=f"s3://dump/2026-11-24/{text}/{i}.png",
-            category=categories[i % len(categories)],
-            score=5.0 - i / 10,
-            threshold=1.0,
-            p_value=0.002,
-            is_anomalous=True,
-            picture=picture,
-        )
-        for i, picture in enumerate([data_uri("jpeg", jpeg)] * 11 + [""])
-    )
     examples = tuple(
-        ErrorExample(kind=kind, category=categories[-1], uri=f"s3://dump/{text}/{kind}.png", message=text)
+        {"kind": kind, "category": categories[-1], "uri": f"s3://dump/{text}/{kind}.png", "message": text}
         for kind in ("damaged", "empty")
     )
     nights = []
@@ -93,7 +77,6 @@ def make_nights(
                     name: make_record(rng, level, text) for name, level in zip(categories, levels, strict=True)
                 },
                 error_examples=examples,
-                top=top if is_last else (),
                 pages=("001",),
             )
         )

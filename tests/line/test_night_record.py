@@ -78,8 +78,8 @@ def nights(tmp_path: Path) -> Nights:
 
 
 def reasons(night: Night, category: str = "nut") -> Any:
-    verdict = night.categories[category].verdict
-    return verdict and (verdict.level, [change.name for change in verdict.changes])
+    found = night.categories[category]
+    return found.level, [change.name for change in found.changes]
 
 
 def test_equal_nights_are_fine_and_a_change_is_named(nights: Nights) -> None:
@@ -121,7 +121,7 @@ def test_a_night_without_images_is_compared_with_earlier_ones(nights: Nights) ->
 def test_a_night_with_a_problem_is_counted_and_not_judged(nights: Nights) -> None:
     nights.add(300)
     night = nights.add(10, problem="storage is down")
-    assert (night.total.images, reasons(night)) == (10, None)
+    assert (night.total.images, reasons(night)) == (10, ("not judged", []))
     assert nights.add(0, problem="storage is down").categories == {}
     # Neither are its images, which are perhaps not all, compared with those of later nights.
     for _ in range(7):
@@ -140,9 +140,7 @@ def test_a_model_that_was_removed_is_named_while_images_come(nights: Nights) -> 
     storage.remove(nights.store.folder("nut"))
     night = nights.add(300)
     assert reasons(night) == ("act", ["model"])
-    verdict = night.categories["nut"].verdict
-    assert verdict
-    assert f"no model {nights.model_id}" in verdict.reasons[0]
+    assert f"no model {nights.model_id}" in night.categories["nut"].reasons[0]
     assert night.categories["nut"].training_medians == {}
     # A product that is no longer made leaves the page. None of one earlier night may be chance.
     assert [reasons(nights.add(0)) for _ in range(30)] == [("fine", [])] * 30
@@ -196,7 +194,7 @@ def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, mo
         assert list(statistics) == list(COMPARED)
         for column, values in statistics.items():
             np.testing.assert_array_equal(values, np.array([row[column] for row in scored[:20]], np.float32))
-    examples = Counter(example.kind for example in found)
+    examples = Counter(example["kind"] for example in found)
     assert examples == dict.fromkeys(KINDS, 3)
-    assert [example.kind for example in found] == sorted(examples.elements())
+    assert [example["kind"] for example in found] == sorted(examples.elements())
     assert read_rows([RunOutput.named(str(tmp_path), "003")]) == ({}, ())

@@ -26,7 +26,7 @@ def test_nightly_json_has_the_stated_schema() -> None:
     last = values["nights"][-1]
     assert last["folder"] == "s3://plant/nights/date=2026-11-24"
     assert (last["levels"], list(last["categories"])) == (
-        {"act": 1, "watch": 1, "cannot tell": 1, "fine": 1},
+        {"act": 1, "watch": 1, "not judged": 0, "cannot tell": 1, "fine": 1},
         ["a", "b", "c", "d"],
     )
     low, high = last["categories"]["a"]["alarm_rate_interval"]
@@ -43,7 +43,7 @@ def test_the_webhooks_message_names_what_is_to_be_looked_at() -> None:
     message = json.loads(webhook_message(night, OUT, CREATED))
     assert message["page"] == "s3://plant/nights/nightly.html"
     assert message["text"] == night.headline()
-    assert message["levels"] == {"act": 20, "watch": 70, "cannot tell": 30, "fine": 180}
+    assert message["levels"] == {"act": 20, "watch": 70, "not judged": 0, "cannot tell": 30, "fine": 180}
     levels = ["act"] * 20 + ["watch"] * 70 + ["cannot tell"] * 10
     assert [category["level"] for category in message["categories"].values()] == levels
     assert "act: c000, c001, c002, c003, c004, and 15 more; watch: c020" in message["text"]

@@ -14,8 +14,8 @@ from scipy import stats
 
 from stpm.data import mvtec
 from stpm.data.image_statistics import COMPARED, compute_statistics
-from stpm.line.change import Verdict
-from stpm.line.night import CategoryNight
+from stpm.line.night import CategoryNight, Night
+from stpm.line.options import MonitoringOptions
 from stpm.line.verdict import Reference, Sample, judge
 from stpm.method.calibration import Calibration, threshold_rank
 from stpm.method.scales import HeatmapScale
@@ -74,6 +74,7 @@ class Line:
             "alarms": int((scores > self.calibration[-threshold_rank(count, RATE)]).sum()),
             "false_alarm_rate": RATE,
             "p_values": p_values.astype(np.float32),
+            "level": "fine",
             "statistics": draw_statistics(self.rng, images),
         }
         return DrawnNight(**(values | changed))
@@ -91,15 +92,15 @@ def line(rng: np.random.Generator) -> Line:
     return Line(rng)
 
 
-def verdict(nights: list[DrawnNight], reference: Reference, tests: int = 20, **options: Any) -> Verdict:
-    """Judge the last night."""
-    *earlier, night = nights
-    by_date = {past.date: past for past in earlier}
-    options = {"is_idle": False, "false_verdict_rate": 0.05} | options
-    return judge(night, night.sample, by_date, reference, date=night.date, tests=tests, **options)
+def verdict(nights: list[DrawnNight], reference: Reference, tests: int = 20, *, is_idle: bool = False) -> CategoryNight:
+    """Judge the last night, as one of so many verdicts; `is_idle`: another category has no images."""
+    others = {"bolt": replace(nights[-1], images=0)} if is_idle else {}
+    *earlier, night = (Night(str(each.date), (), categories={"nut": each} | others) for each in nights)
+    options = MonitoringOptions(nights=tests // len(night.categories))
+    return judge(night, "nut", nights[-1].sample, reference, earlier, options)
 
 
-def is_false(verdict: Verdict) -> bool:
+def is_false(verdict: CategoryNight) -> bool:
     return verdict.level in ("watch", "act")
 
 
@@ -111,13 +112,13 @@ def changed(night: DrawnNight, **factors: float) -> DrawnNight:
 
 def test_nights_of_the_calibrations_own_distribution_are_fine_at_the_stated_rate(rng: np.random.Generator) -> None:
     """1,000 nights, each with a calibration of its own: few or many images, earlier nights or none."""
-    false = {(1, 0.2): 0, (20, 0.2): 0, (1000, 0.05): 0}
+    false = {1: 0, 20: 0, 1000: 0}
     for _ in range(1000):
         line = Line(rng, calibration=int(rng.integers(10, 100)), good=int(rng.integers(20, 200)))
         nights = line.nights(int(rng.integers(1, 6)), images=int(rng.integers(5, 400)))
-        for tests, rate in false:
-            false[tests, rate] += is_false(verdict(nights, line.reference, tests, false_verdict_rate=rate))
-    assert all(count <= stats.binom.ppf(0.999, 1000, rate / tests) for (tests, rate), count in false.items())
+        for tests in false:
+            false[tests] += is_false(verdict(nights, line.reference, tests))
+    assert all(count <= stats.binom.ppf(0.999, 1000, 0.05 / tests) for tests, count in false.items())
 
 
 def test_more_defects_than_on_earlier_nights_are_named(line: Line) -> None:
@@ -227,10 +228,23 @@ def test_a_lamp_that_failed_during_the_night_is_named(line: Line) -> None:
     )
 
 
+def test_a_p_value_is_corrected_for_all_categories_and_nights_of_the_page(line: Line) -> None:
+    night = changed(line.night(images=30), brightness=1.2)
+    alone, one_of_many = (
+        judge(each, "nut", night.sample, line.reference, [], MonitoringOptions(nights=nights)).changes[0].p_value
+        for each, nights in (
+            (Night(str(night.date), (), categories={"nut": night}), 1),
+            (Night(str(night.date), (), categories={"nut": night, "bolt": night}), 7),
+        )
+    )
+    assert one_of_many == pytest.approx(14 * alone)
+    assert 0 < one_of_many < 0.05
+
+
 def test_a_significant_difference_that_does_not_matter_is_fine(rng: np.random.Generator) -> None:
     line = Line(rng, calibration=1000, good=5000)
     found = verdict([changed(line.night(images=20_000), brightness=1.015, sharpness=1.03)], line.reference)
-    assert found == Verdict("fine")
+    assert found.level == "fine"
     # Nor does a large one of few images.
     line = Line(rng)
     assert not is_false(verdict([changed(line.night(images=2), brightness=1.3)], line.reference))
@@ -384,11 +398,11 @@ def test_faults_of_a_camera_are_named_on_real_products(real_data: Path, category
     reference = Reference(50, statistics_of(images[:_EACH]))
     night = line.night(images=_EACH)
 
-    def judged(fault: Callable[[Image.Image], Image.Image]) -> Verdict:
+    def judged(fault: Callable[[Image.Image], Image.Image]) -> CategoryNight:
         statistics = statistics_of([fault(image) for image in images[_EACH:]])
         return verdict([replace(night, statistics=statistics)], reference, tests=5)
 
-    assert judged(lambda image: image) == Verdict("fine")
+    assert judged(lambda image: image).level == "fine"
     assert judged(brighter).changes[0].name == "brightness"
     assert judged(blurred).changes[0].name == "sharpness"
     # A commutator fills the image, and looks the same everywhere.
@@ -398,16 +412,17 @@ def test_faults_of_a_camera_are_named_on_real_products(real_data: Path, category
         assert "further left" in found.reasons[0]
 
 
-def test_images_that_a_person_added_do_not_count_as_a_change_of_scores() -> None:
+def test_scores_are_compared_as_the_scores_themselves_would_be_without_images_that_a_person_added() -> None:
     """Images that raised an alarm are among the highest scores of a calibration, and of no night."""
     rng = np.random.default_rng(0)
-    held_out, added, night = (rng.normal(size=50), rng.normal(3, 1, size=30), rng.normal(size=400))
+    held_out, added, night = (rng.gamma(2.0, size=50), rng.normal(5, 1, size=30), rng.gamma(2.0, size=401))
     both = np.concatenate([held_out, added])
     order = np.argsort(both)
-    is_added = (order >= 50)[::-1]
-    reference = Reference(80, {}, np.flatnonzero(is_added) + 1.0)
+    reference = Reference(80, {}, np.flatnonzero((order >= 50)[::-1]) + 1.0)
     scale = HeatmapScale(0.0, 1.0)
     with_added = Calibration(both[order].astype(np.float32), scale).p_values(night.astype(np.float32))
     without = Calibration(np.sort(held_out).astype(np.float32), scale).p_values(night.astype(np.float32))
-    np.testing.assert_allclose(reference.held_out_p_values(with_added), without, rtol=1e-6)
-    np.testing.assert_allclose(Reference(50, {}).held_out_p_values(without), without, rtol=1e-6)
+    expected = stats.ks_2samp(night, held_out, method="exact")
+    for each, p_values in ((reference, with_added), (Reference(50, {}), without)):
+        expected_values = (expected.statistic, expected.pvalue, np.median(without))
+        assert each.compare_scores(p_values) == pytest.approx(expected_values)
