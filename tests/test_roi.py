@@ -26,8 +26,7 @@ from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.fitting.fit_categories import read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
-from stpm.line.add_good import add_good
-from stpm.line.marks import read_marks
+from stpm.line.feedback import add_good, read_marks
 from stpm.method.anomaly_maps import AnomalyMaps
 from stpm.method.preprocessing import Content, Preprocessing, Resize, unpack
 from stpm.method.recipe import Recipe

@@ -12,8 +12,7 @@ from stpm.exit_codes import ALL_DONE, exit_code
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
-from stpm.line.add_good import add_good
-from stpm.line.marks import read_marks
+from stpm.line.feedback import add_good, read_marks
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore

@@ -1,11 +1,12 @@
-"""Add images that a person marked as good to the calibration of models, without fitting them again."""
+"""Feedback: add images that a person marked as good to the calibration of models, without fitting them again."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,16 +15,20 @@ import pyarrow as pa
 from stpm import storage
 from stpm.data import image_files
 from stpm.data.image_statistics import COMPARED
+from stpm.data.mvtec import GOOD
 from stpm.detector import Detector, load
 from stpm.errors import DataError, ImageError, ModelError, join_first
 from stpm.lease import hold_lease
-from stpm.line.marks import Marks
 from stpm.method.scales import HeatmapScale
 from stpm.models.libraries import installed_versions
 from stpm.models.record import CALIBRATION, IMAGE_STATISTICS, AddedImage, ModelRecord
 from stpm.models.store import ModelStore, describe_files
 from stpm.names import safe_name
 from stpm.options import WantedBackend
+from stpm.scoring.inputs import tables
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.table_rows import part_rows
+from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.times import timestamp
 
 # Files that are fetched at a time.
@@ -32,6 +37,59 @@ _BATCH_SIZE = 16
 _NAMED = 3
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The images of a table.
+
+    Args:
+        good: by category the images that are marked as good: their URIs, with that of the mask of each one's own
+            region of interest, "" for none.
+        other: number of images without the label good, by each of their labels, such as `defect`.
+        refused: images that are marked as good and cannot be used, by URI or row, with the reason.
+    """
+
+    good: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    other: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] = ()) -> Marks:
+    """Read a table of marked images, each once.
+
+    Args:
+        table: URI of a `.parquet`, `.csv`, `.jsonl` or `.ndjson` file.
+        allow: prefixes of the URIs that it may name; none: its own bucket or folder, as for scoring.
+        categories: names of the categories to read; none: all.
+
+    Raises:
+        DataError: if the table cannot be read, or has no column `uri`.
+    """
+    uri = storage.absolute(table)
+    if not uri.lower().endswith(tables.SUFFIXES):
+        raise DataError(f"{table}: a table is a file of {', '.join(tables.SUFFIXES)}; name one")
+    found: defaultdict[tuple[str, str], set[tuple[str, str, str]]] = defaultdict(set)
+    first = 0
+    for part in tables.read(uri):
+        if "uri" not in part.schema.names:
+            raise DataError(f"{table}: no column `uri`; its columns are {', '.join(part.schema.names)}")
+        for row in part_rows(part, first, uri, CategoryRule(), allowed_prefixes(uri, allow)).to_pylist():
+            if not categories or row["category"] in categories:
+                found[row["category"], row["uri"]].add((row["label"], row["roi"], row["error_message"]))
+        first += part.num_rows
+    marks = Marks()
+    for (category, image), rows in found.items():
+        labels, rois, problems = map(sorted, map(set, zip(*rows, strict=True)))
+        if GOOD not in labels:
+            marks.other.update(labels)
+        elif len(labels) > 1:
+            marks.refused[image] = f"it is marked as {' and as '.join(map(repr, labels))}"
+        elif problems[-1]:
+            marks.refused[image] = problems[-1]
+        else:
+            marks.good[category][image] = rois[-1]
+    return marks
 
 
 class _NewImage(NamedTuple):
@@ -62,9 +120,9 @@ def add_good(
     """
     done, refused = 0, dict(marks.refused)
     with hold_lease(store.uri, wait):
-        for category, uris in marks.good.items():
-            problems = _add_to_category(store, category, uris, marks.rois, false_alarm_rate, backend)
-            done += len(uris) - len(problems)
+        for category, images in marks.good.items():
+            problems = _add_to_category(store, category, images, false_alarm_rate, backend)
+            done += len(images) - len(problems)
             refused |= problems
     if marks.other:
         counts = ", ".join(f"{number} with label {label!r}" for label, number in sorted(marks.other.items()))
@@ -76,19 +134,14 @@ def add_good(
 
 
 def _add_to_category(
-    store: ModelStore,
-    category: str,
-    uris: Sequence[str],
-    rois: Mapping[str, str],
-    false_alarm_rate: float,
-    backend: WantedBackend,
+    store: ModelStore, category: str, images: Mapping[str, str], false_alarm_rate: float, backend: WantedBackend
 ) -> dict[str, str]:
     """Add images to a category's model; return by URI why an image cannot be added. Those added before stay."""
     try:
         detector = load(store.uri, safe_name(category, "category"), backend=backend)
-        new, refused = _score_new(detector, uris, rois)
+        new, refused = _score_new(detector, images)
     except (DataError, ModelError) as error:
-        return dict.fromkeys(uris, str(error))
+        return dict.fromkeys(images, str(error))
     if not new:
         _log(category, "none of the images is new to its model")
         return refused
@@ -99,15 +152,13 @@ def _add_to_category(
     return refused
 
 
-def _score_new(
-    detector: Detector, uris: Sequence[str], rois: Mapping[str, str]
-) -> tuple[list[_NewImage], dict[str, str]]:
+def _score_new(detector: Detector, images: Mapping[str, str]) -> tuple[list[_NewImage], dict[str, str]]:
     """Return the images that were not added to the detector's model before, each once; and why others cannot be."""
     before = {image.digest for image in detector.record.added_images}
-    copies: dict[str, list[str]] = {}
+    uris, copies = list(images), defaultdict[str, list[str]](list)
     refused: dict[str, str] = {}
     # Of the new images, in their order.
-    own: deque[str] = deque()
+    rois: deque[str] = deque()
 
     def new_files() -> Iterator[bytes]:
         for start in range(0, len(uris), _BATCH_SIZE):
@@ -115,17 +166,16 @@ def _score_new(
             for uri, data in zip(batch, storage.in_parallel(_fetch, batch), strict=True):
                 if isinstance(data, ImageError):
                     refused[uri] = str(data)
-                elif (digest := storage.digest(data)) in copies:
+                elif (digest := storage.digest(data)) not in before:
                     copies[digest].append(uri)
-                elif digest not in before:
-                    copies[digest] = [uri]
-                    own.append(rois.get(uri, ""))
-                    yield data
+                    if len(copies[digest]) == 1:
+                        rois.append(images[uri])
+                        yield data
 
     # Of each result, keep a few numbers: a map for each of many images would not fit the memory.
     outcomes = [
         result.error or (result.score, float(np.nanmax(result.model_map)), (*result.size, *(result.statistics or ())))
-        for result in detector.score(new_files(), rois=iter(own.popleft, None))
+        for result in detector.score(new_files(), rois=iter(rois.popleft, None))
     ]
     found = []
     for (digest, same), outcome in zip(copies.items(), outcomes, strict=True):
