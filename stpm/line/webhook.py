@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import time
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import requests
-import tenacity
 
 from stpm.errors import WebhookError
 from stpm.names import hide_urls
@@ -19,9 +19,8 @@ from stpm.names import hide_urls
 SIGNATURE = "X-Stpm-Signature-256"
 _TIMEOUT_SECONDS = 10.0
 _ATTEMPTS = 4
-_MAX_PAUSE_SECONDS = 10.0
-# Answers after which another attempt may succeed.
-_TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
+# Answers after which another attempt may succeed, as after those of 500 and more.
+_TEMPORARY = (408, 425, 429)
 
 
 def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, pause: float = 1.0) -> None:
@@ -40,48 +39,35 @@ def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, 
     headers = {"Content-Type": "application/json", "User-Agent": "stpm"}
     if key:
         headers[SIGNATURE] = f"sha256={hmac.new(os.fsencode(key), body, hashlib.sha256).hexdigest()}"
-
-    # Without this, requests would send what ~/.netrc has for the host, or for any.
-    user, password = urlsplit(url).username or "", urlsplit(url).password or ""
-    auth = (unquote_to_bytes(user), unquote_to_bytes(password)) if user or password else lambda request: request
-
     # urllib3 would try again by itself, and log the URL.
-    @tenacity.retry(
-        retry=tenacity.retry_if_exception(_is_temporary),
-        wait=tenacity.wait_exponential(multiplier=pause, max=_MAX_PAUSE_SECONDS),
-        stop=tenacity.stop_after_attempt(_ATTEMPTS),
-        reraise=True,
-    )
-    def attempt() -> None:
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(pause * 2 ** (attempt - 1))
+        reason, may_pass = _attempt(url, body, headers, timeout)
+        if not reason:
+            return
+        if not may_pass:
+            break
+    raise WebhookError(f"the webhook at {hide_urls(url)} did not take the message: {reason}")
+
+
+def _attempt(url: str, body: bytes, headers: dict[str, str], timeout: float) -> tuple[str, bool]:
+    """Return why a server did not accept a message, "" if it did, without the URL; and whether that may pass."""
+    user, password = urlsplit(url).username or "", urlsplit(url).password or ""
+    # Without this, requests would send what ~/.netrc has for the host, or for any.
+    auth = (unquote_to_bytes(user), unquote_to_bytes(password)) if user or password else lambda request: request
+    try:
         # A redirect would become a GET, and send the signature to another host. Of the answer, only its code is read.
         with requests.post(
             url, body, headers=headers, auth=auth, timeout=timeout, allow_redirects=False, stream=True
         ) as answer:
-            if not 200 <= answer.status_code < 300:
-                raise requests.HTTPError(response=answer)
-
-    try:
-        attempt()
+            code = answer.status_code
+            return ("" if 200 <= code < 300 else f"it answered {code}"), code >= 500 or code in _TEMPORARY
+    except requests.Timeout:
+        return "it did not answer in time", True
     except (OSError, ValueError) as error:
-        # Drop the cause: it may hold the URL, and a traceback would show it.
-        raise WebhookError(f"the webhook at {hide_urls(url)} did not take the message: {_reason(error)}") from None
-
-
-def _is_temporary(error: BaseException) -> bool:
-    if isinstance(error, requests.HTTPError):
-        return error.response.status_code in _TEMPORARY
-    return isinstance(error, OSError) and not isinstance(error, ValueError)
-
-
-def _reason(error: BaseException) -> str:
-    """Describe an error without its text, which may hold the URL."""
-    if isinstance(error, requests.HTTPError):
-        return f"it answered {error.response.status_code}"
-    if isinstance(error, requests.Timeout):
-        return "it did not answer in time"
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return type(error).__name__
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        reasons = (each.strerror for each in causes if isinstance(each, OSError) and each.strerror)
+        return next(reasons, type(error).__name__), not isinstance(error, ValueError)
