@@ -84,6 +84,7 @@ _JOBS = (
         name="nightly",
         description="Score a night's images and late files, judge each category, and write a page about the nights.",
         groups=_groups(NightlyOptions, MonitoringOptions, OutputOptions, ScoreOptions, ClusterOptions),
+        hidden=("export",),
         run="stpm.jobs.nightly:run_nightly",
         example=(
             "stpm nightly --models s3://plant/models --images 's3://plant/dump/{date}' "

@@ -77,7 +77,7 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
     created = timestamp()
     shown = [nights[day] for day in sorted(nights)][-job.monitoring.nights :]
     storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
-    top = top_images(NightFolder.of(job.out, shown[-1].day), job.store, job.monitoring.top)
+    top = top_images(NightFolder.of(job.out, shown[-1].day), job.store, job.options.top)
     storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created, top).encode())
     log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
     if job.monitoring.webhook:

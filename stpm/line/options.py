@@ -7,15 +7,14 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from stpm.errors import ConfigError
-from stpm.options import WAIT_HELP, Names, Options, option
-from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.options import ALLOW_HELP, CATEGORY_FROM_HELP, CATEGORY_HELP
+from stpm.options import Names, Options, option
+from stpm.scoring.options import CollectionOptions
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
+_HTTP = re.compile(r"https?://(?:[!-~]*@)?(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?(?:[/?#][!-~]*)?", re.IGNORECASE)
 _UTC = "UTC"
 # It has the same year, month and week as the day before, so a pattern of these alone is refused.
 _ANY_DAY = datetime.date(2026, 11, 25)
@@ -24,10 +23,9 @@ _MAX_NIGHTS = 36_500
 
 
 @dataclass(frozen=True)
-class NightlyOptions(Options):
+class NightlyOptions(CollectionOptions):
     """The night to score, its images, the models, and the folder of all nights."""
 
-    models: str = option("", "model store: a folder or a URI", required=True)
     images: Names = option(
         Names(),
         "each night's images, separated by commas: the sources of the score job, with {date} in them, such as "
@@ -39,11 +37,9 @@ class NightlyOptions(Options):
         "folder of the nights, date=YYYY-MM-DD, and of nightly.html and nightly.json: a folder or a URI",
         required=True,
     )
+    fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
     date: str = option("", "the night to score, such as 2026-11-24; none: yesterday")
     timezone: str = option(_UTC, "time zone in which yesterday is meant, such as Europe/Berlin")
-    category: str = option("", CATEGORY_HELP)
-    category_from: str = option("", CATEGORY_FROM_HELP)
-    allow: Names = option(Names(), ALLOW_HELP)
     look_back: int = option(
         3,
         "also score late images of this many nights before the night scored, each into the folder of its own night",
@@ -57,14 +53,6 @@ class NightlyOptions(Options):
         minimum=0,
         maximum=86_400,
     )
-    fresh: bool = option(False, "remove the rows of the night, and score its images again with the current models")
-    wait: bool = option(False, WAIT_HELP)
-    max_error_rate: float = option(
-        0.01,
-        "fraction of the night's images, 0 to 1, that may be errors before the exit code is 2",
-        minimum=0,
-        maximum=1,
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +63,7 @@ class NightlyOptions(Options):
                     f"--images is {source!r}, the same on different days; put {{date}} or {{date:%Y/%m/%d}} in it: "
                     "each night has images of its own"
                 )
-        _ = self.rule, self._zone
+        _ = self._zone
         date = parse_date(self.date)
         if self.date and not date:
             raise ConfigError(f"--date is {self.date!r}; give it as 2026-11-24")
@@ -101,11 +89,6 @@ class NightlyOptions(Options):
         return tuple(_put_date(source, date) for source in self.images)
 
     @cached_property
-    def rule(self) -> CategoryRule:
-        """How an image gets its category."""
-        return CategoryRule(self.category, self.category_from)
-
-    @cached_property
     def _zone(self) -> datetime.tzinfo:
         if self.timezone == _UTC:
             # It needs no database of time zones.
@@ -127,7 +110,6 @@ class MonitoringOptions(Options):
     """
 
     nights: int = option(30, "nights on nightly.html and in nightly.json, up to the latest one", minimum=1)
-    top: int = option(50, "images on each night's triage.html, the page of the most anomalous ones", minimum=1)
     false_verdict_rate: float = option(
         0.05,
         "probability, 0 to 1, that of all categories in --nights nights any is called watch or act though nothing has "
@@ -144,7 +126,7 @@ class MonitoringOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.webhook and not _is_http(self.webhook):
+        if self.webhook and not _HTTP.fullmatch(self.webhook):
             raise ConfigError("--webhook is not an http:// or https:// URL; its value is not shown here")
 
 
@@ -160,11 +142,3 @@ def parse_date(text: str) -> datetime.date | None:
 
 def _put_date(source: str, date: datetime.date) -> str:
     return _DATE.sub(lambda match: date.strftime(match[1] or "%Y-%m-%d"), source)
-
-
-def _is_http(url: str) -> bool:
-    with suppress(ValueError):
-        parts = urlsplit(url)
-        _ = parts.port
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable() and " " not in url
-    return False

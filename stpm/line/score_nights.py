@@ -38,7 +38,8 @@ from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
 from stpm.options import ClusterOptions
-from stpm.scoring.inputs.manifest import read_shard
+from stpm.scoring.inputs.category_rule import CategoryRule
+from stpm.scoring.inputs.manifest import contains, read_shard
 from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
@@ -103,17 +104,16 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                         counts = {name: (each.good_count, each.fit.calibration_count) for name, each in by_rate.items()}
                         warn_about_few_good_images(counts, job.scoring.false_alarm_rate)
             except (ConfigError, RunInterruptedError, DataError, ModelError, OSError) as error:
-                problem = as_utf8(str(error))
-                problems[date] = problem
+                problems[date] = problem = as_utf8(str(error))
                 log.error(f"{date}: {problem}")
                 if isinstance(error, RunInterruptedError):
-                    # Storage, a node or Ray failed, and would fail again.
+                    # Storage, a node or Ray failed, and would fail again. A night without a folder gets no record:
+                    # perhaps it has no images.
                     skipped = [day for day in dates if day < date]
                     reason = f"not looked at, because {date} was interrupted: {problem}"
-                    problems |= dict.fromkeys((day for day in skipped if day in known), reason)
-                    # A night without a folder gets no record: perhaps it has no images.
-                    if missed := [str(day) for day in skipped if day not in known]:
-                        log.warning(f"{join_first(missed, separator=', ')}: {reason}")
+                    problems |= dict.fromkeys(known.intersection(skipped), reason)
+                    if skipped:
+                        log.warning(f"{join_first(list(map(str, skipped)), separator=', ')}: {reason}")
                     break
     return problems
 
@@ -174,8 +174,9 @@ def _scoring_run(
         store=job.store,
         options=job.scoring,
         output=replace(output, fence=job.fence),
-        triage_images=job.monitoring.top,
+        triage_images=job.options.top,
         cluster=job.cluster,
+        coco=job.options.coco,
     )
 
 
@@ -187,18 +188,18 @@ def _new_images(job: NightlyJob, folder: NightFolder, run: RunOutput | None = No
     ids = storage.in_parallel(lambda uri: read_shard(uri)["image_id"].to_numpy(), shards)
     listed = np.sort(np.concatenate([np.empty(0, np.int64), *ids]))
     for chunk in _list_images(job, folder.date):
-        found = chunk["image_id"].to_numpy()
-        is_new = np.searchsorted(listed, found, "left") == np.searchsorted(listed, found, "right")
+        is_new = ~contains(listed, chunk["image_id"].to_numpy())
         if is_new.any():
             yield chunk.filter(pa.array(is_new))
 
 
 def _list_images(job: NightlyJob, date: datetime.date) -> Iterator[pa.Table]:
     """Yield rows of schema MANIFEST for all images of a night; a source may have none."""
+    rule = CategoryRule(job.options.category, job.options.category_from)
     for source in job.sources(date):
         settle = storage.Settle(job.options.settle)
         try:
-            yield from image_rows([source], job.options.rule, job.options.allow, settle=settle)
+            yield from image_rows([source], rule, job.options.allow, settle=settle)
         except NoImagesError as error:
             # The other sources may have some. Of a night before that was never scored, there may never have been any.
             if str(date) == job.options.date or storage.exists(NightFolder.of(job.out, date).uri):

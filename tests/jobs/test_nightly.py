@@ -286,8 +286,7 @@ def test_after_a_cut_off_the_other_nights_have_a_problem_and_are_not_judged(
     assert before.problem == "not looked at, because 2026-11-24 was interrupted: a node was lost"
     assert (before.unfinished, before.categories["nut"].level) == (3, "not judged")
     assert len(NightFolder.find_all(job.out)) == 2
-    # Those that have no folder.
-    missed = "2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was interrupted: a node was lost"
+    missed = "2026-11-23, 2026-11-22, 2026-11-21: not looked at, because 2026-11-24 was interrupted: a node was lost"
     assert missed in caplog.messages
 
 
