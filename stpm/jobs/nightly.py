@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
 from dataclasses import replace
@@ -15,17 +16,18 @@ from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
 from stpm.line.night_folder import NightFolder
 from stpm.line.night_record import update_records
-from stpm.line.nightly_json import JSON_FILE, PAGE_FILE, nightly_json, webhook_message
 from stpm.line.options import MonitoringOptions, NightlyOptions
-from stpm.line.page import page, top_images
+from stpm.line.page import PAGE_FILE, page, top_images
 from stpm.line.score_nights import NightlyJob, score_nights
-from stpm.line.webhook import post
+from stpm.line.webhook import message, post
 from stpm.options import ClusterOptions
 from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.run_statistics import too_many_errors
 from stpm.scoring.scorer_pool import describe_plan
 from stpm.times import timestamp
 
+# nightly.json has the JSON schema stpm/line/nightly.schema.json.
+_JSON, _FORMAT = "nightly.json", 2
 _SECRET = "STPM_WEBHOOK_SECRET"  # noqa: S105  the name of the variable that holds it
 
 log = logging.getLogger(__name__)
@@ -74,18 +76,19 @@ def _run(job: NightlyJob, date: datetime.date) -> int:
                 f"{nights[day].unfinished} images of {day} have no row, and --look-back does not reach it; "
                 f"run the same command with --date {day}"
             )
-    created = timestamp()
-    shown = [nights[day] for day in sorted(nights)][-job.monitoring.nights :]
-    storage.publish(storage.join(job.out, JSON_FILE), nightly_json(shown, job.out, created))
+    created, shown = timestamp(), [nights[day] for day in sorted(nights)][-job.monitoring.nights :]
+    values = {"format": _FORMAT, "created": created, "out": job.out, "nights": [each.values(job.out) for each in shown]}
+    storage.publish(storage.join(job.out, _JSON), json.dumps(values, indent=1, ensure_ascii=False).encode())
     top = top_images(NightFolder.of(job.out, shown[-1].day), job.store, job.options.top)
-    storage.publish(storage.join(job.out, PAGE_FILE), page(shown, job.out, created, top).encode())
-    log.info(f"the page is {storage.join(job.out, PAGE_FILE)}, and {JSON_FILE} beside it has the same for machines")
+    uri = storage.join(job.out, PAGE_FILE)
+    storage.publish(uri, page(shown, job.out, created, top).encode())
+    log.info(f"the page is {uri}, and {_JSON} beside it has the same for machines")
     if job.monitoring.webhook:
         key = os.environ.get(_SECRET, "")
         if not key:
             log.warning(f"the webhook's message is not signed: {_SECRET} is not set")
         try:
-            post(job.monitoring.webhook, webhook_message(night, job.out, created), key)
+            post(job.monitoring.webhook, message(night, job.out, created), key)
         except WebhookError as error:
             log.error(f"{error}; start the job again to post it again")
             failed = True

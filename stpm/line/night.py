@@ -1,11 +1,13 @@
-"""The record of one night of all categories, as it is stored: counts of its rows, and verdicts."""
+"""The record of one night of all categories, as it is stored and shown: counts of its rows, and verdicts."""
 
 from __future__ import annotations
 
 import datetime
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from stpm import storage
 from stpm.errors import join_first
 from stpm.line.change import LEVELS, Change, Level
 from stpm.line.significance import Rate
@@ -105,6 +107,11 @@ class Night:
         return datetime.date.fromisoformat(self.date)
 
     @property
+    def folder(self) -> str:
+        """The name of the folder."""
+        return f"date={self.date}"
+
+    @property
     def total(self) -> Counts:
         """The counts of all categories together."""
         every = self.categories.values()
@@ -149,3 +156,13 @@ class Night:
         if self.problem:
             parts.append(self.problem)
         return f"{self.date}: {'; '.join(parts)}"
+
+    def values(self, out: str) -> dict[str, Any]:
+        """Return the night as nightly.json has it, with what follows from it, if that folder of all nights has it."""
+        categories = {}
+        for name, category in self.ordered_categories().items():
+            rate = category.alarm_rate
+            rates = {"alarm_rate": rate and rate.value, "alarm_rate_interval": rate and rate.interval()}
+            categories[name] = asdict(category) | rates
+        derived = {"folder": storage.join(out, self.folder), "levels": self.levels, "categories": categories}
+        return asdict(replace(self, categories={})) | asdict(self.total) | derived

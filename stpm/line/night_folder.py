@@ -56,20 +56,15 @@ class NightFolder(NamedTuple):
         """Read the night's record; None if there is none.
 
         Raises:
-            DataError: if night.json is damaged, of another version, or of another date.
+            DataError: if night.json is damaged, or of another version.
         """
         try:
-            night = from_json(Night, storage.read(self.record))
+            return from_json(Night, storage.read(self.record))
         except FileNotFoundError:
             return None
         except ValueError as error:
             reason = f"{self.record} is not a record of a night: {error}"
             raise DataError(f"{reason}; remove it, or {self.how_to_start_over}") from error
-        if night.date != self.date.isoformat():
-            raise DataError(
-                f"{self.record} is the record of another night, {night.date}; remove it, or rename its folder"
-            )
-        return night
 
     def write(self, night: Night) -> None:
         """Write the night's record."""

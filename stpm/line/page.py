@@ -26,6 +26,7 @@ from stpm.scoring.kinds import Row, group_alarms
 from stpm.scoring.ranked_rows import most_anomalous
 from stpm.scoring.triage import THREADS
 
+PAGE_FILE = "nightly.html"
 _WIDTH, _HEIGHT, _MARGIN = 200, 44, 4
 # Maximum number of categories that are not fine and have a card; the table has all.
 _MAX_CARDS = 60

@@ -1,4 +1,4 @@
-"""Post a message to a webhook, signed as GitHub signs its own: HMAC-SHA256 of the body, in a header.
+"""Post a night to a webhook, signed as GitHub signs its own: HMAC-SHA256 of the body, in a header.
 
 The URL may hold a secret, and the key is one: messages and logs show only the host.
 """
@@ -7,20 +7,37 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import html
+import json
 import os
 import time
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import requests
 
+from stpm import storage
 from stpm.errors import WebhookError
+from stpm.line.night import Night
+from stpm.line.page import PAGE_FILE
 from stpm.names import hide_urls
 
 SIGNATURE = "X-Stpm-Signature-256"
+# Maximum number of categories in a message.
+_MAX_CATEGORIES = 100
 _TIMEOUT_SECONDS = 10.0
 _ATTEMPTS = 4
 # Answers after which another attempt may succeed, as after those of 500 and more.
 _TEMPORARY = (408, 425, 429)
+
+
+def message(night: Night, out: str, created: str) -> bytes:
+    """Write the message: the night, with the categories to look at. Chats show its `text`."""
+    # Escape what chats take for markup: a category named `<!channel>` would call everybody.
+    text = "".join(character if character.isprintable() else " " for character in night.headline())
+    page = storage.join(out, PAGE_FILE)
+    values = night.values(out) | {"text": html.escape(text, quote=False), "created": created, "page": page}
+    values["categories"] = {name: values["categories"][name] for name in night.flagged()[:_MAX_CATEGORIES]}
+    return json.dumps(values, ensure_ascii=False).encode()
 
 
 def post(url: str, body: bytes, key: str, *, timeout: float = _TIMEOUT_SECONDS, pause: float = 1.0) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import jsonschema
 import pyarrow as pa
 import pytest
 
@@ -29,6 +30,7 @@ from stpm.scoring.options import OutputOptions
 from stpm.scoring.run_state import RunState
 from tests.conftest import TINY
 from tests.line.nightly_runs import DATE, Nightly, cut_off_after, job
+from tests.line.test_nightly_json import SCHEMA
 from tests.models.test_store import save
 
 __all__ = ["job"]
@@ -63,6 +65,7 @@ def test_a_night_is_scored_and_reported_and_too_many_errors_are_exit_code_2(
     assert [example["message"] for example in night.error_examples] == ["cut off"]
     values = json.loads(storage.read(f"{job.out}/nightly.json"))
     assert [(shown["date"], shown["images"]) for shown in values["nights"]] == [("2026-11-24", 4)]
+    jsonschema.validate(values, SCHEMA, jsonschema.Draft202012Validator)
     html = storage.read(f"{job.out}/nightly.html").decode()
     assert "Night of <time>2026-11-24</time>" in html
     ranked = [row["uri"] for row in sorted(job.rows(), key=lambda row: -(row["score"] or 0))[:3]]

@@ -12,12 +12,11 @@ import pytest
 from stpm import storage
 from stpm.data.image_statistics import COMPARED
 from stpm.jobs.models import run_models
-from stpm.line import rows as rows_module
+from stpm.line import night_record
 from stpm.line.night import Night
 from stpm.line.night_folder import NightFolder
-from stpm.line.night_record import make_record
+from stpm.line.night_record import make_record, read_rows
 from stpm.line.options import MonitoringOptions, NightlyOptions
-from stpm.line.rows import read_rows
 from stpm.line.score_nights import NightlyJob
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
@@ -178,8 +177,8 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], size: int) -> Run
 
 @pytest.mark.parametrize("batch", [7, 100_000])
 def test_counts_and_samples_are_those_of_all_rows(tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "_BATCH", batch)
-    monkeypatch.setattr(rows_module, "SAMPLE", 20)
+    monkeypatch.setattr(night_record, "_BATCH", batch)
+    monkeypatch.setattr(night_record, "SAMPLE", 20)
     first, second = make_rows(200, 0), make_rows(30, 1)
     categories, found = read_rows([write(tmp_path, "001", first, 13), write(tmp_path, "002", second, 30)])
     assert sorted(categories) == ["c0", "c1", "c2"]

@@ -9,7 +9,7 @@ import pytest
 from stpm import storage
 from stpm.errors import RunDamagedError
 from stpm.evaluation.category import ScoredCategory, read_scores
-from stpm.line.rows import read_rows
+from stpm.line.night_record import read_rows
 from stpm.scoring.output import RunOutput
 from stpm.scoring.ranked_rows import most_anomalous
 from tests.conftest import make_preprocessing
