@@ -7,7 +7,7 @@ import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,9 @@ from stpm.scoring.inputs.table_rows import part_rows
 from stpm.scoring.inputs.table_uris import allowed_prefixes
 from stpm.times import timestamp
 
+# An image that is new to a model: a row for its calibration and image statistics, with `digest`, the SHA-256 of the
+# file, and `uris`, where copies of it are.
+_NewImage = dict[str, Any]
 # Files that are fetched at a time.
 _BATCH_SIZE = 16
 # Maximum number of added images that the log names.
@@ -92,19 +95,6 @@ def read_marks(table: str, allow: Sequence[str] = (), categories: Sequence[str] 
     return marks
 
 
-class _NewImage(NamedTuple):
-    """An image that is new to a model, by the SHA-256 of its file and where copies of it are.
-
-    `peak` is the largest value of its anomaly map; the statistics are in the order of COMPARED.
-    """
-
-    digest: str
-    uris: list[str]
-    score: float
-    peak: float
-    statistics: tuple[float, ...]
-
-
 def add_good(
     store: ModelStore, marks: Marks, false_alarm_rate: float, backend: WantedBackend, *, wait: bool
 ) -> tuple[int, int]:
@@ -148,7 +138,7 @@ def _add_to_category(
     try:
         _recalibrate(store, detector.record, new, false_alarm_rate)
     except ModelError as error:
-        return refused | {uri: str(error) for image in new for uri in image.uris}
+        return refused | {uri: str(error) for image in new for uri in image["uris"]}
     return refused
 
 
@@ -174,15 +164,17 @@ def _score_new(detector: Detector, images: Mapping[str, str]) -> tuple[list[_New
 
     # Of each result, keep a few numbers: a map for each of many images would not fit the memory.
     outcomes = [
-        result.error or (result.score, float(np.nanmax(result.model_map)), (*result.size, *(result.statistics or ())))
+        result.error
+        or {"score": result.score, "max_pixel": float(np.nanmax(result.model_map)), "is_added": True}
+        | dict(zip(COMPARED, (*result.size, *(result.statistics or ())), strict=True))
         for result in detector.score(new_files(), rois=iter(rois.popleft, None))
     ]
-    found = []
+    found: list[_NewImage] = []
     for (digest, same), outcome in zip(copies.items(), outcomes, strict=True):
         if isinstance(outcome, ImageError):
             refused |= dict.fromkeys(same, str(outcome))
         else:
-            found.append(_NewImage(digest, same, *outcome))
+            found.append(outcome | {"digest": digest, "uris": same})
     return found, refused
 
 
@@ -204,20 +196,16 @@ def _recalibrate(store: ModelStore, record: ModelRecord, new: Sequence[_NewImage
     """
     category, versions = record.category, store.versions(record.category)
     before, statistics = store.calibration_scores(record), store.image_statistics(record)
-    values = [{"score": image.score, "max_pixel": image.peak, "is_added": True} for image in new]
-    after = pa.concat_tables([before, pa.Table.from_pylist(values, before.schema)]).sort_by("score")
-    columns = np.array([image.statistics for image in new], np.float32).T
-    added = pa.table(dict(zip(COMPARED, columns, strict=True)), statistics.schema)
-    files = store.read_files(record) | {
-        CALIBRATION: storage.encode_parquet(after),
-        IMAGE_STATISTICS: storage.encode_parquet(pa.concat_tables([statistics, added])),
-    }
+    after, seen = (pa.concat_tables([table, pa.Table.from_pylist(new, table.schema)]) for table in (before, statistics))
+    after = after.sort_by("score")
+    tables = {CALIBRATION: after, IMAGE_STATISTICS: seen}
+    files = store.read_files(record) | {name: storage.encode_parquet(table) for name, table in tables.items()}
     scale = record.heatmap_scale
     changed = dataclasses.replace(
         record,
-        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(image.peak for image in new)])),
+        heatmap_scale=HeatmapScale(scale.low, max([scale.good_max, *(image["max_pixel"] for image in new)])),
         fit=dataclasses.replace(record.fit, calibration_count=len(after)),
-        added_images=(*record.added_images, *(AddedImage(image.digest, image.uris[0]) for image in new)),
+        added_images=(*record.added_images, *(AddedImage(image["digest"], image["uris"][0]) for image in new)),
         files=describe_files(files),
         library_versions=installed_versions(),
         created=timestamp(),
@@ -239,7 +227,7 @@ def _log_change(
     if record.decision:
         _log(record.category, f"the threshold stays as it is: {record.decision}")
     held_out = before.filter(~before["is_added"].to_numpy())["score"].to_numpy()
-    added = np.array([image.score for image in new], np.float32)
+    added = np.array([image["score"] for image in new], np.float32)
     above = [
         f"{(scores > was).sum()} of {len(scores)} before, {(scores > now).sum()} of {len(scores)} after"
         for scores in (held_out, added)
@@ -250,8 +238,8 @@ def _log_change(
         f"added good images above it {above[1]}",
     )
     # A defect that is marked as good by mistake hides all others like it.
-    highest = sorted(new, key=lambda image: -image.score)[:_NAMED]
-    if over := [f"{image.uris[0]} ({image.score:.4g})" for image in highest if image.score > was]:
+    highest = sorted(((image["score"], image["uris"][0]) for image in new), reverse=True)[:_NAMED]
+    if over := [f"{uri} ({score:.4g})" for score, uri in highest if score > was]:
         _log(record.category, f"look again at the added images that scored highest: {join_first(over)}")
 
 
