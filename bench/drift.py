@@ -183,7 +183,7 @@ class Nights:
         clean = self.clean()
         variants = self._product.faulty[number]
         chosen = variants[self._rng.integers(len(variants))]
-        return clean._replace(sample=clean.sample._replace(statistics=by_name(chosen[self._half])))
+        return clean._replace(sample={**clean.sample, **by_name(chosen[self._half])})
 
     def more_defects(self, share: float) -> Planted:
         clean = self.clean()
@@ -192,21 +192,21 @@ class Nights:
 
     def empty(self) -> Planted:
         clean = self.clean()
-        nothing = Sample(np.empty(0, np.float32), dict.fromkeys(COMPARED, np.empty(0, np.float32)))
+        nothing = dict.fromkeys(("p_value", *COMPARED), np.empty(0, np.float32))
         return clean._replace(night=replace(clean.night, images=0, alarms=0), sample=nothing)
 
     def repeated(self) -> Planted:
         clean = self.clean()
         chosen = np.full(len(self._half), self._half[0])
-        p_values = np.full(len(chosen), clean.sample.p_values[0])
-        return clean._replace(sample=Sample(p_values, by_name(self._product.clean[chosen])))
+        p_values = np.full(len(chosen), clean.sample["p_value"][0])
+        return clean._replace(sample={"p_value": p_values, **by_name(self._product.clean[chosen])})
 
     def test(self) -> Planted:
         """Make one night of the test images, without earlier ones."""
         clean, product = self.clean(), self._product
         reference = Reference(_CALIBRATION, by_name(product.clean))
-        p_values = self._rng.choice(clean.sample.p_values, len(product.test))
-        return Planted(clean.night, Sample(p_values, by_name(product.test)), [], reference)
+        p_values = self._rng.choice(clean.sample["p_value"], len(product.test))
+        return Planted(clean.night, {"p_value": p_values, **by_name(product.test)}, [], reference)
 
     def _night(self, defects: float) -> tuple[CategoryNight, Sample]:
         rng = self._rng
@@ -222,7 +222,7 @@ class Nights:
             alarms=int((p_values <= limit + 1e-6).sum()),
             false_alarm_rate=_FALSE_ALARM_RATE,
         )
-        return counts, Sample(p_values[: len(self._half)], by_name(self._product.clean[self._half]))
+        return counts, {"p_value": p_values[: len(self._half)], **by_name(self._product.clean[self._half])}
 
 
 def by_name(rows: FloatArray) -> dict[str, FloatArray]:

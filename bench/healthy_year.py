@@ -137,7 +137,7 @@ class Line:
             false_alarm_rate=_RATE,
         )
         statistics = self._statistics(min(scored, _SAMPLE), _SHARED, fault.brightness)
-        return record, Sample(p_values[:_SAMPLE].astype(np.float32), statistics)
+        return record, {"p_value": p_values[:_SAMPLE].astype(np.float32), **statistics}
 
     def _vary(self, variation: float) -> float:
         return float(self._rng.gamma(variation**-2, variation**2)) if variation else 1.0

@@ -114,7 +114,8 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
     samples, categories = {}, {}
     for name, model_id in models.items():
         counter, reference = rows.get(name) or RowCounter(), references[name]
-        samples[name] = sample = counter.sample()
+        samples[name] = counter.sample()
+        medians = _medians(samples[name])
         categories[name] = CategoryNight(
             model_id=model_id,
             images=counter.images,
@@ -122,8 +123,8 @@ def make_record(job: NightlyJob, folder: NightFolder, earlier: Sequence[Night], 
             errors=dict(counter.errors.most_common()),
             false_alarm_rate=reference.decided_rate if reference.decision else rate,
             decision=reference.decision,
-            median_p_value=float(np.median(sample.p_values)) if len(sample.p_values) else None,
-            medians=_medians(sample.statistics),
+            median_p_value=medians.pop("p_value", None),
+            medians=medians,
             training_medians=_medians(reference.statistics),
         )
     night = Night(
@@ -210,7 +211,7 @@ class RowCounter:
     def sample(self) -> Sample:
         """Return the p-values and statistics of the sampled images."""
         rows = self._smallest_ids()
-        return Sample(rows["p_value"].to_numpy(), {name: rows[name].to_numpy() for name in COMPARED})
+        return {name: rows[name].to_numpy() for name in ("p_value", *COMPARED)}
 
     def _smallest_ids(self) -> pa.Table:
         return pa.concat_tables(self._sampled).sort_by("image_id").slice(0, SAMPLE)

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +29,10 @@ from stpm.line.significance import (
     pool_groups,
 )
 from stpm.method.calibration import min_calibration_images, threshold_rank
+
+# One category's rows with a score of one night, or a random sample of them: `p_value` and the statistics of COMPARED by
+# name, each with one value for each image.
+Sample = Mapping[str, FloatArray]
 
 # Nights with which a night is compared: thirteen weeks, from which it shows how much the same weekdays differ.
 EARLIER = 91
@@ -105,18 +108,6 @@ class Reference:
         return distance, p_value, float(np.median(as_high) + 1) / (count + 1)
 
 
-class Sample(NamedTuple):
-    """One category's rows with a score of one night, or a random sample of them.
-
-    Args:
-        p_values: one for each image.
-        statistics: of the same images in the same order, by name as in `Reference`.
-    """
-
-    p_values: FloatArray
-    statistics: Mapping[str, FloatArray]
-
-
 def judge(
     night: Night,
     name: str,
@@ -190,19 +181,19 @@ def _images_and_scores(
     night: CategoryNight, sample: Sample, earlier: Sequence[CategoryNight], reference: Reference
 ) -> Iterator[Change]:
     """Compare images, alarms and scores with the model's good images."""
-    if not len(sample.p_values):
+    if not len(sample["p_value"]):
         return
-    distinct, repeated = image_drift.find_copies(sample.statistics, night.scored)
+    distinct, repeated = image_drift.find_copies(sample, night.scored)
     if repeated:
         yield repeated
         if repeated.level == "act":
             # The other changes follow from that.
             return
-    statistics = {name: values[distinct] for name, values in sample.statistics.items()}
-    yield from image_drift.compare_statistics(statistics, reference.statistics)
+    sample = {name: values[distinct] for name, values in sample.items()}
+    yield from image_drift.compare_statistics(sample, reference.statistics)
     yield from _alarms(night, earlier, reference.calibration_count)
     if reference.calibration_count > len(reference.added):
-        distance, p_value, middle = reference.compare_scores(sample.p_values[distinct])
+        distance, p_value, middle = reference.compare_scores(sample["p_value"])
         if middle < 0.5:
             text = f"higher than the calibration's: half of the images score above {percent(1 - middle)} of it"
             cause = "has the product changed, or the model aged?"

@@ -49,7 +49,7 @@ class DrawnNight(CategoryNight):
 
     @property
     def sample(self) -> Sample:
-        return Sample(self.p_values, self.statistics)
+        return {"p_value": self.p_values, **self.statistics}
 
 
 class Line:
