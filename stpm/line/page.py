@@ -57,7 +57,7 @@ class Trend(NamedTuple):
 def page(nights: Sequence[Night], out: str, created: str, top: Sequence[tuple[Tile, int]]) -> str:
     """Render the page about one night or more, oldest first, that are in the folder with this URI.
 
-    Text from data is escaped, nothing is loaded, and no script runs but the page's own. `top` is that of `top_images`.
+    Text from data is escaped, nothing is loaded, and no script runs. `top` is that of `top_images`.
     """
     ordered, flagged = nights[-1].ordered_categories(), nights[-1].flagged()
     return render(

@@ -45,7 +45,7 @@ def evil_page() -> str:
 
 def test_text_from_data_is_escaped_nothing_is_loaded_and_links_lead_to_files_of_the_nights() -> None:
     tags = Tags(evil_page())
-    check_tags(tags)
+    check_tags(tags, scripts=0)
     links = {attributes["href"] for tag, attributes in tags.found if tag == "a"}
     nights = [f"date=2026-11-{day}" for day in (20, 21, 22, 23, 24)]
     # The second run of a night is unfinished.
@@ -109,16 +109,8 @@ def test_a_trend_has_a_point_per_night_by_its_date_and_larger_rates_are_higher_u
     assert np.argsort(heights).tolist() == np.argsort(alarms).tolist()
 
 
-def test_in_a_browser_no_markup_from_data_runs_and_the_search_finds_a_category(browser: Any, tmp_path: Path) -> None:
-    evil, many = tmp_path / "evil.html", tmp_path / "many.html"
-    evil.write_text(evil_page())
-    many.write_text(page(make_nights(MANY, 30, act=3, watch=12), "s3://plant/nights", CREATED, make_top("nut")))
-    for each in (evil, many):
-        check_page(browser, each.as_uri())
-    tab = browser.new_page()
-    tab.goto(many.as_uri())
-    assert tab.locator("#categories tbody tr:visible").count() == 0
-    for wanted, count in (("product 49", 10), ("watch", 12), ("nothing", 0), ("", 500)):
-        tab.fill("#find", wanted)
-        assert tab.locator("#categories tbody tr:visible").count() == count
-    tab.close()
+def test_in_a_browser_no_markup_from_data_runs(browser: Any, tmp_path: Path) -> None:
+    many = page(make_nights(MANY, 30, act=3, watch=12), "s3://plant/nights", CREATED, make_top("nut"))
+    for name, text in (("evil", evil_page()), ("many", many)):
+        (tmp_path / f"{name}.html").write_text(text)
+        check_page(browser, (tmp_path / f"{name}.html").as_uri())
