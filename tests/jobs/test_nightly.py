@@ -318,6 +318,19 @@ def test_a_damaged_file_of_one_night_is_its_problem_alone(job: Nightly, file: st
     assert problem.endswith(f" run the same command with {OVER}")
 
 
+def test_the_page_is_made_where_images_can_no_longer_be_shown(job: Nightly, caplog: pytest.LogCaptureFixture) -> None:
+    job.dump(DATE, "a", "b")
+    assert job() == 0
+    storage.remove(f"{job.root}/models/nut")
+    assert job() == 0
+    assert storage.read(f"{job.out}/nightly.html").decode().count("the image can no longer be read") == 2
+    uri = storage.files(f"{job.out}/date={DATE}/scores")[0]
+    storage.publish(uri, b"PAR1 damaged", durable=False)
+    assert job() == 0
+    assert f"{uri} is damaged" in caplog.text
+    assert "No image is shown" in storage.read(f"{job.out}/nightly.html").decode()
+
+
 def test_storage_that_fails_for_one_night_is_its_problem(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
     def summarize(options: NightlyJob, folder: NightFolder, *others: Any) -> Night:
         if folder.date == BEFORE:
