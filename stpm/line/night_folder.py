@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from typing import NamedTuple
 
 from stpm import storage
@@ -59,7 +60,8 @@ class NightFolder(NamedTuple):
             DataError: if night.json is damaged, or of another version.
         """
         try:
-            return from_json(Night, storage.read(self.record))
+            # The folder may have been renamed.
+            return replace(from_json(Night, storage.read(self.record)), date=self.date.isoformat())
         except FileNotFoundError:
             return None
         except ValueError as error:

@@ -198,6 +198,10 @@ def test_a_damaged_night_is_named_and_written_over_only_by_fresh_as_its_problem_
     assert "--out" not in html
     assert job(fresh=True) == 0
     assert (job.names(), record(job).total.images) == (["a", "b"], 2)
+    # The folder says the date.
+    storage.publish(uri, storage.read(uri).replace(b'"date": "2026-11-24"', b'"date": "tonight"'))
+    assert job() == 0
+    assert record(job).date == "2026-11-24"
 
 
 @pytest.mark.parametrize(
