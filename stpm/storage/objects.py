@@ -8,10 +8,11 @@ import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from tempfile import NamedTemporaryFile
+from typing import IO, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -119,16 +120,41 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
         ConfigError: if its bucket does not exist.
     """
     fs, path = filesystem(uri)
-    if not isinstance(fs, LocalFileSystem):
+    if isinstance(fs, LocalFileSystem):
+        with _replacing(Path(path), durable) as file:
+            file.write(data)
+    else:
         _in_bucket(uri, lambda: fs.pipe_file(path, data))
-        return
-    target = Path(path)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[IO[bytes]]:
+    """Open a file for what does not fit into memory; publish it when the block ends without an exception.
+
+    For an object store, the file is a temporary one of this machine.
+
+    Raises:
+        ConfigError: if its bucket does not exist.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _replacing(Path(path), durable=True) as file:
+            yield file
+    else:
+        with NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            _in_bucket(uri, lambda: fs.put_file(file.name, path))
+
+
+@contextmanager
+def _replacing(target: Path, durable: bool) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Open it as any new file: it gets the permissions that the umask leaves.
     temporary = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             if durable:
                 # Without this, a power cut may keep the new name and lose the bytes: the file is then empty.
                 file.flush()
