@@ -29,14 +29,15 @@ def write_tables(folder: str, tables: Mapping[str, pa.RecordBatchReader], kind: 
     """
     if kind == "csv":
         for name, reader in tables.items():
-            with storage.writing(_path(folder, name, kind)) as file:
+            with storage.writing(storage.join(folder, f"{name}.csv")) as file:
                 text = TextIOWrapper(file, "utf-8-sig", newline="")
                 csv.writer(text).writerows(_rows(reader, _without_formula))
                 text.detach()
     if kind == "xlsx":
         from xlsxwriter import Workbook
 
-        with storage.writing(_path(folder, next(iter(tables)), kind)) as file, Workbook(file, _BOOK) as book:
+        uri = storage.join(folder, f"{next(iter(tables))}.xlsx")
+        with storage.writing(uri) as file, Workbook(file, _BOOK) as book:
             for name, reader in tables.items():
                 for i, row in enumerate(_rows(reader, lambda text: text[:_MAX_TEXT])):
                     if i % _MAX_ROWS == 0:
@@ -48,11 +49,7 @@ def remove_tables(folder: str, names: Iterable[str]) -> None:
     """Remove the files that `write_tables` makes of tables with these names."""
     for name in names:
         for kind in ("csv", "xlsx"):
-            storage.remove(_path(folder, name, kind))
-
-
-def _path(folder: str, name: str, kind: str) -> str:
-    return storage.join(folder, f"{name}.{kind}")
+            storage.remove(storage.join(folder, f"{name}.{kind}"))
 
 
 def _rows(reader: pa.RecordBatchReader, as_text: Callable[[str], str]) -> Iterator[list[Any]]:

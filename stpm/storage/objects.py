@@ -121,34 +121,26 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        with _replacing(Path(path), durable) as file:
+        with writing(uri, durable=durable) as file:
             file.write(data)
     else:
         _in_bucket(uri, lambda: fs.pipe_file(path, data))
 
 
 @contextmanager
-def writing(uri: str) -> Iterator[IO[bytes]]:
-    """Open a file for what does not fit into memory; publish it when the block ends without an exception.
+def writing(uri: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file, and `publish` what is written to it once the block ends without an exception.
 
-    For an object store, the file is a temporary one of this machine.
-
-    Raises:
-        ConfigError: if its bucket does not exist.
+    For an object store it is a temporary file of this machine: nothing of it need be in memory.
     """
     fs, path = filesystem(uri)
-    if isinstance(fs, LocalFileSystem):
-        with _replacing(Path(path), durable=True) as file:
-            yield file
-    else:
+    if not isinstance(fs, LocalFileSystem):
         with NamedTemporaryFile() as file:
             yield file
             file.flush()
             _in_bucket(uri, lambda: fs.put_file(file.name, path))
-
-
-@contextmanager
-def _replacing(target: Path, durable: bool) -> Iterator[IO[bytes]]:
+        return
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Open it as any new file: it gets the permissions that the umask leaves.
     temporary = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
