@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from mlflow import MlflowClient
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -107,8 +106,10 @@ def test_each_model_is_stored_with_the_losses_that_were_logged(run: Finished) ->
     assert not (run.out / "models" / "seed-0" / ".train").exists()
 
 
-def test_each_model_and_the_report_are_runs_in_mlflow(run: Finished) -> None:
+def test_each_model_and_the_report_are_runs_in_mlflow(run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
 
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(f"file://{run.data.parent}/mlruns")
     logged = client.search_runs([client.get_experiment_by_name("data").experiment_id])
     assert sorted(each.info.run_name for each in logged) == sorted(
