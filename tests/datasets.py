@@ -83,6 +83,7 @@ def make_output(count: int, **columns: Any) -> pa.Table:
     """Make rows of schema OUTPUT; columns that are not given hold null, or "" where null is not allowed."""
     values: dict[str, Any] = {field.name: [None if field.nullable else ""] * count for field in OUTPUT}
     numbers = {"image_id": range(count), "archive_start": [0] * count, "archive_length": [-1] * count}
+    numbers |= {"width": [40] * count, "height": [48] * count}
     return table(values | numbers | columns, OUTPUT)
 
 

@@ -20,9 +20,11 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.data.decoding import decode, decode_picture
 from stpm.data.heatmaps import read_shown, resize_map
+from stpm.data.masks import decode_mask, read_mask
 from stpm.data.rois import parse_roi, read_roi
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.evaluation.category import ScoredCategory, read_scores
+from stpm.evaluation.report import Report
 from stpm.fitting.fit_categories import read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
@@ -43,6 +45,7 @@ from stpm.scoring.output import RunOutput
 from stpm.scoring.stages.decode import Decode
 from tests.conftest import MODELS, make_preprocessing
 from tests.datasets import encode_image, make_category, write_rows
+from tests.evaluation.runs import result
 from tests.scoring.stages.helpers import current_models, fit, scorer, write_heatmaps
 
 SHAPE = (48, 40)
@@ -345,11 +348,20 @@ def test_people_and_jobs_see_alike_an_image_with_a_region_of_its_own(tmp_path: P
     )
     output = RunOutput.single(str(tmp_path / "run"))
     write_rows(output, drawn)
-    of_jobs = measure_category(read_scores(ScoredCategory(output, "nut", preprocessing))).values
+    of_jobs, at_original = (
+        measure_category(read_scores(ScoredCategory(output, "nut", preprocessing), masks_at))
+        for masks_at in ("model", "original")
+    )
     of_detector = stpm.load(tmp_path / "models", "nut", backend="pytorch").evaluate(
         tmp_path / "data/nut/test", false_alarm_rate=0.3
     )
-    assert of_detector.values["image_auroc"] == pytest.approx(of_jobs["image_auroc"])
+    assert of_detector.values["image_auroc"] == pytest.approx(of_jobs.values["image_auroc"])
+    masks = tuple(f"{tmp_path}/data/nut/ground_truth/square/{name}_mask.png" for name in ("000", "001"))
+    for metrics in (of_jobs, at_original, of_detector):
+        assert (metrics.defect_count, metrics.outside_masks, metrics.vanished_masks) == (2, masks, ())
+    made = dataclasses.replace(result("nut", 0, 1.0, 1.0), metrics=of_jobs)
+    (note,) = (line for line in Report("data", [made]).notes if "outside" in line)
+    assert note.startswith("nut: 2 of 2 defects lie wholly outside of what is inspected; recall and image")
     row = drawn.to_pylist()[-1]
     shown = read_shown(row, output.folder, preprocessing, 512, 1024)
     assert shown
@@ -391,3 +403,20 @@ def test_a_mask_may_be_a_jpeg_or_of_zeros_and_ones(tmp_path: Path) -> None:
     assert (read_roi(str(tmp_path / "b.png")).mask == mask).all()
     with pytest.raises(ConfigError, match=r"shape \(2, 2, 3\); give one value for each pixel"):
         Roi.of_mask(np.ones((2, 2, 3), bool))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_mask_with_transparent_parts_is_refused(tmp_path: Path, mode: str) -> None:
+    mask, file = MASK.astype(np.uint8) * 255, tmp_path / "mask.png"
+    image = Image.fromarray(mask).convert("RGBA")
+    (image.quantize() if mode == "P" else image.convert(mode)).save(file)
+    assert (read_roi(str(file)).mask == MASK).all()
+    assert (decode_mask(file.read_bytes()) == MASK).all()
+    # White that was erased, as some programs save it.
+    image = Image.new("RGBA", image.size, "white")
+    image.putalpha(Image.fromarray(mask))
+    (image.quantize() if mode == "P" else image.convert(mode)).save(file)
+    with pytest.raises(ImageError, match=r"mask\.png: a part is transparent; save it in black and white"):
+        read_roi(str(file))
+    with pytest.raises(DataError, match=r"^mask .*mask\.png cannot be read: a part is transparent; save it in"):
+        read_mask("x.png", "dent", str(file), *image.size)

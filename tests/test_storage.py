@@ -34,11 +34,14 @@ def test_an_object_is_published_replaced_read_and_removed(root: str) -> None:
     assert not storage.exists(uri)
     for data in (b"one", b"two", b""):
         storage.publish(uri, data)
-        storage.publish(other, data)
-        assert storage.read(uri) == storage.read_at_most(uri, 3) == data
+        with storage.writing(other) as file:
+            file.writelines([data[:1], data[1:]])
+        assert storage.read(uri) == storage.read_at_most(uri, 3) == storage.read(other) == data
     storage.publish(other, b"12345")
     with pytest.raises((TypeError, AttributeError, OSError)):
         storage.publish(other, 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError), storage.writing(other) as file:
+        file.writelines([b"678", 9])  # type: ignore[list-item]
     assert storage.files(root) == sorted([other, uri])
     assert storage.read(other, 1, 3) == b"23"
     assert storage.read(other, 4, 4) == b""

@@ -191,8 +191,14 @@ def open_rgb(fetched: Fetched) -> Image.Image:
 
 @_decoding_errors()
 def open_grey(data: bytes) -> Image.Image:
-    """Decode a file to one channel, of 16 or 32 bits if the file has them, at its own size. Raises ImageError."""
+    """Decode a file to one channel, of 16 or 32 bits if the file has them, at its own size.
+
+    Raises:
+        ImageError: if it cannot be decoded, or a part of it is transparent, which is neither black nor white.
+    """
     image = _open(data)
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise ImageError("unsupported", "a part is transparent; save it in black and white, without transparency")
     return image if image.mode in ("L", "1") or image.mode.startswith("I") else image.convert("L")
 
 

@@ -17,7 +17,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
 from stpm import storage
 from stpm.data.decoding import SUFFIXES
@@ -94,15 +93,16 @@ def read_category(root: str, name: str, roi: str = "") -> Category:
     """
     safe_name(name, "category")
     folder = storage.join(root, name)
-    train, test, rois, roi_file = _list_images(folder)
-    if invalid := [uri for uri, _ in train if not is_utf8(uri)]:
+    found, roi_file = _list_images(folder)
+    if invalid := [uri for uri, _ in found.train if not is_utf8(uri)]:
         raise DataError(f"{invalid[0]!r}: the name of this training image is not UTF-8; rename it")
-    if not train:
+    if not found.train:
         raise DataError(
             f"{folder}: no images in train/good (with suffix {', '.join(SUFFIXES)}); links to folders are not followed "
             "inside a category"
         )
-    return Category(name, train, test, parse_roi(roi, train[0][0]) if (roi := roi or roi_file) else None, rois)
+    region = parse_roi(roi or roi_file, found.train[0][0]) if roi or roi_file else None
+    return dataclasses.replace(found, name=name, roi=region)
 
 
 def exclude(categories: Sequence[Category], file: str) -> list[Category]:
@@ -135,22 +135,14 @@ def read_tests(folder: str) -> tuple[TestImage, ...]:
     """List the images in a category's folder `test`, with the masks beside it. Raise DataError if there are none."""
     uri = storage.absolute(folder)
     category, _, name = uri.rpartition("/")
-    tests = _list_images(category).test if name == "test" else ()
+    tests = _list_images(category)[0].test if name == "test" else ()
     if not tests:
         raise DataError(f"{folder}: no test images; give the folder test of a category in the MVTec AD layout")
     return tests
 
 
-class _Listed(NamedTuple):
-    """The fields of a category; its region of interest as its URI, "" for none."""
-
-    train: tuple[tuple[str, str], ...]
-    test: tuple[TestImage, ...]
-    rois: tuple[tuple[str, str, str], ...]
-    roi: str
-
-
-def _list_images(folder: str) -> _Listed:
+def _list_images(folder: str) -> tuple[Category, str]:
+    """List a category's images; return also the URI of its region of interest, "" for none."""
     train, tests, masks, rois, roi = [], [], {}, {}, ""
     depth = len(PurePosixPath(storage.filesystem(folder)[1]).parts)
     versions = dict(storage.file_versions(folder))
@@ -175,7 +167,8 @@ def _list_images(folder: str) -> _Listed:
         mask, own = masks.get((label, stem), ""), rois.get(f"test/{label}/{stem}", "")
         test.append(TestImage(uri, label, mask, own, tuple(versions[each] for each in (uri, mask, own) if each)))
     own_rois = ((uri, mask, versions[mask]) for uri, _, stem in train if (mask := rois.get(f"train/good/{stem}", "")))
-    return _Listed(tuple((uri, version) for uri, version, _ in train), tuple(test), tuple(own_rois), roi)
+    good = ((uri, version) for uri, version, _ in train)
+    return Category("", tuple(good), tuple(test), rois=tuple(own_rois)), roi
 
 
 def is_image(parts: Sequence[str]) -> bool:

@@ -25,10 +25,9 @@ def read_roi(uri: str) -> Roi:
         levels = np.asarray(decoding.open_grey(read_uri(uri)))
         # A mask may be of zeros and ones, or a JPEG, whose black is not all 0.
         return Roi.of_mask(levels > levels.max() / 2)
-    except ImageError as error:
-        raise ImageError(error.kind, f"its region of interest {uri}: {error}") from error
-    except ConfigError as error:
-        raise ImageError("unsupported", f"its region of interest {uri}: {error}") from error
+    except (ImageError, ConfigError) as error:
+        kind = error.kind if isinstance(error, ImageError) else "unsupported"
+        raise ImageError(kind, f"its region of interest {uri}: {error}") from error
 
 
 def parse_roi(text: str, image: str = "") -> Roi:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
-from io import BytesIO, TextIOWrapper
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import TextIOWrapper
 from typing import Any
 
 import pyarrow as pa
 
+from stpm import storage
 from stpm.options import Export
 
 # Rows of a sheet, and characters of a cell: spreadsheets have no more.
@@ -19,29 +20,36 @@ _EXACT = 2**53
 _BOOK = {"constant_memory": True, "strings_to_formulas": False, "strings_to_urls": False}
 
 
-def encode_tables(tables: Mapping[str, pa.RecordBatchReader], kind: Export) -> Iterator[tuple[str, bytes]]:
-    """Yield files of tables, with their names: one as CSV for each, or one as XLSX, named as the first, with all.
+def write_tables(folder: str, tables: Mapping[str, pa.RecordBatchReader], kind: Export) -> None:
+    """Write tables to a folder: a file of CSV for each, or all to one of XLSX, named as the first.
 
-    Some rows are in memory at a time, beside the file. Lists and structs become JSON, and numbers that float64 cannot
-    hold text. In XLSX a long table goes on in the next sheet. No cell is a formula: in CSV, text that would be one gets
-    an apostrophe before it. CSV begins with the mark by which spreadsheets know UTF-8.
+    Some rows are in memory at a time. Lists and structs become JSON, and numbers that float64 cannot hold text. In XLSX
+    a long table goes on in the next sheet. No cell is a formula: in CSV, text that would be one gets an apostrophe
+    before it. CSV begins with the mark by which spreadsheets know UTF-8.
     """
-    file = BytesIO()
     if kind == "csv":
         for name, reader in tables.items():
-            text = TextIOWrapper(file := BytesIO(), "utf-8-sig", newline="", write_through=True)
-            csv.writer(text).writerows(_rows(reader, _without_formula))
-            yield f"{name}.csv", file.getvalue()
+            with storage.writing(storage.join(folder, f"{name}.csv")) as file:
+                text = TextIOWrapper(file, "utf-8-sig", newline="")
+                csv.writer(text).writerows(_rows(reader, _without_formula))
+                text.detach()
     if kind == "xlsx":
         from xlsxwriter import Workbook
 
-        with Workbook(file, _BOOK) as book:
+        uri = storage.join(folder, f"{next(iter(tables))}.xlsx")
+        with storage.writing(uri) as file, Workbook(file, _BOOK) as book:
             for name, reader in tables.items():
                 for i, row in enumerate(_rows(reader, lambda text: text[:_MAX_TEXT])):
                     if i % _MAX_ROWS == 0:
                         sheet = book.add_worksheet(f"{name} ({i // _MAX_ROWS + 1})" if i else name)
                     sheet.write_row(i % _MAX_ROWS, 0, row)
-        yield f"{next(iter(tables))}.xlsx", file.getvalue()
+
+
+def remove_tables(folder: str, names: Iterable[str]) -> None:
+    """Remove the files that `write_tables` makes of tables with these names."""
+    for name in names:
+        for kind in ("csv", "xlsx"):
+            storage.remove(storage.join(folder, f"{name}.{kind}"))
 
 
 def _rows(reader: pa.RecordBatchReader, as_text: Callable[[str], str]) -> Iterator[list[Any]]:

@@ -71,19 +71,25 @@ def compare(a: Run, b: Run) -> tuple[list[Comparison], list[str]]:
     """Compare the images that two runs have scored, paired by category and URI.
 
     Returns:
-        A comparison of each category, and after several that of all together; and which images are left out.
+        A comparison of each category, and after several that of all together; and remarks on images that are left out,
+        or have two labels.
 
     Raises:
         DataError: if there are no such images.
     """
     pairs = a.rows.join(b.rows, ["category", "uri"], join_type="full outer", right_suffix="_b")
     pairs = pairs.sort_by([("category", "ascending"), ("uri", "ascending")])
-    # Every row has a label, be it "": null says that there is no row.
-    in_a, in_b = (pc.field(name).is_valid() for name in ("label", "label_b"))
     scored = pc.field("score").is_valid() & pc.field("score_b").is_valid()
-    conditions = {"in A alone": ~in_b, "in B alone": ~in_a, "in both, with an error in one": in_a & in_b & ~scored}
-    left_out = {where: pairs.filter(condition)["uri"] for where, condition in conditions.items()}
-    remarks = [f"{len(uris):,} images are {where}, such as {uris[0]}" for where, uris in left_out.items() if len(uris)]
+    # Every row has a label, be it "": null says that there is no row.
+    label, label_b = pc.field("label"), pc.field("label_b")
+    conditions = {
+        "in A alone": ~label_b.is_valid(),
+        "in B alone": ~label.is_valid(),
+        "in both, with an error in one": label.is_valid() & label_b.is_valid() & ~scored,
+        "labelled otherwise in A than in B, whose labels count": (label != label_b) & (label != "") & (label_b != ""),
+    }
+    remarked = {where: pairs.filter(condition)["uri"] for where, condition in conditions.items()}
+    remarks = [f"{len(uris):,} images are {where}, such as {uris[0]}" for where, uris in remarked.items() if len(uris)]
     pairs = pairs.filter(scored)
     if not len(pairs):
         raise DataError(

@@ -12,7 +12,7 @@ import ray
 from stpm import storage
 from stpm.cluster.ray_failures import interrupted_by_ray, results_of
 from stpm.console import log_lines
-from stpm.data.spreadsheets import encode_tables
+from stpm.data.spreadsheets import remove_tables, write_tables
 from stpm.evaluation.category import ScoredCategory, read_scores
 from stpm.evaluation.charts import draw_charts
 from stpm.evaluation.gallery import galleries
@@ -94,11 +94,13 @@ def publish_report(
     """
     shortfalls = gate.shortfalls(report.contents)
     files = report.files() | {"report.html": report.page(shortfalls).encode()}
-    if export != "none":
-        tables = {name: table.to_reader() for name, table in report.tables().items()}
-        files |= encode_tables(tables | {f"rows-{run.name}": row_reader(run) for run in runs}, export)
+    tables = {name: table.to_reader() for name, table in report.tables().items()}
+    # Those of an earlier report would lie beside this one.
+    remove_tables(out, [*tables, *(f"rows-{run.name}" for run in {*runs, *RunOutput.all_named(out)})])
     for name, content in files.items():
         storage.publish(storage.join(out, name), content)
+    if export != "none":
+        write_tables(out, tables | {f"rows-{run.name}": row_reader(run) for run in runs}, export)
     log_lines(report.text())
     for line in shortfalls:
         log.error(f"falls short: {line}")

@@ -120,6 +120,11 @@ class Report:
                     f"{name}: {len(masks)} masks vanish at model size, and no pixel metric counts their defects: "
                     f"{join_first(masks)}; give --masks-at original, or fit with more --pixels"
                 )
+            if masks := first.metrics.outside_masks:
+                notes.append(
+                    f"{name}: {len(masks)} of {first.metrics.defect_count} defects lie wholly outside of what is "
+                    f"inspected; recall and image metrics count them, pixel metrics do not: {join_first(masks)}"
+                )
             interval = first.metrics.metrics["image_false_alarm_rate"].interval
             if interval and interval[0] > (first.threshold.false_alarm_bound or 1):
                 notes.append(

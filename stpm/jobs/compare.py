@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from stpm import storage
 from stpm.console import log_lines
-from stpm.errors import with_remedy
+from stpm.errors import ConfigError, with_remedy
 from stpm.evaluation.compare import compare, read_run
 from stpm.evaluation.gallery import draw_images
 from stpm.evaluation.options import CompareOptions
@@ -23,8 +23,11 @@ def run_compare(options: CompareOptions) -> int:
 
     Raises:
         DataError, ModelError: if a run or one of its models cannot be read, or both have no image in common.
+        ConfigError: if both are one.
     """
     folders, page = [storage.absolute(folder) for folder in options.run], storage.absolute(options.page)
+    if folders[0] == folders[1]:
+        raise ConfigError(f"A and B are both {folders[0]}; give two runs")
     with with_remedy("score its images again, by the score job with --fresh"):
         # One store may be that of both.
         runs = [read_run(*each) for each in zip(folders, [*options.models * 2, "", ""], strict=False)]

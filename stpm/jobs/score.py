@@ -7,7 +7,7 @@ from functools import partial
 
 from stpm import storage
 from stpm.cluster.placement import log_plan, on_cluster
-from stpm.data.spreadsheets import encode_tables
+from stpm.data.spreadsheets import write_tables
 from stpm.errors import with_remedy
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
@@ -74,8 +74,7 @@ def run_score(
     warn_about_few_good_images(counts, scoring.false_alarm_rate)
     _log_result(result, run.output)
     if collection.export != "none":
-        for name, data in encode_tables({"rows": row_reader(run.output)}, collection.export):
-            storage.publish(storage.join(folder, name), data)
+        write_tables(folder, {"rows": row_reader(run.output)}, collection.export)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
     if reason := too_many_errors(result.error_count, result.rows, collection.max_error_rate):

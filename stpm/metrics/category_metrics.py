@@ -49,8 +49,8 @@ class LabelledScores:
         pixels: pixel counts by label.
         no_pixels: why there are no pixel counts, or "".
         error_count: number of images with a label that could not be scored.
-        vanished_masks: URIs of masks whose defects are too small for the anomaly map, or not inspected: no pixel metric
-            counts them.
+        vanished_masks: URIs of masks whose defects are too small for the anomaly map: no pixel metric counts them.
+        outside_masks: URIs of masks that lie wholly outside of what is inspected, likewise.
         problems: one line each.
     """
 
@@ -63,6 +63,7 @@ class LabelledScores:
     error_count: int
     unlabelled_count: int
     vanished_masks: tuple[str, ...]
+    outside_masks: tuple[str, ...]
     problems: tuple[str, ...]
 
     @property
@@ -125,7 +126,7 @@ def label_scores(
     failed: list[str] = []
     problems: list[str] = []
     counts: dict[str, PixelCounts] = {}
-    vanished: list[str] = []
+    lost: dict[str, list[str]] = {"vanished": [], "outside": []}
     no_pixels = ""
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
@@ -135,9 +136,10 @@ def label_scores(
         try:
             for image, anomaly_map in () if no_pixels else batch:
                 if not image.error:
-                    *pair, is_vanished = _at_one_size(image, anomaly_map, preprocessing, at_original_size)
+                    *pair, why = _at_one_size(image, anomaly_map, preprocessing, at_original_size)
                     by_label.setdefault(image.label, []).append(pair)
-                    vanished += [image.mask] if is_vanished else []
+                    if why:
+                        lost[why].append(image.mask)
             for label, pairs in by_label.items():
                 maps, masks = zip(*pairs, strict=True)
                 counts[label] = counts.get(label, PixelCounts.empty()) + count_pixels(maps, masks)
@@ -160,22 +162,30 @@ def label_scores(
         no_pixels=no_pixels,
         error_count=len(failed),
         unlabelled_count=unlabelled_count,
-        vanished_masks=tuple(sorted(vanished)),
+        vanished_masks=tuple(sorted(lost["vanished"])),
+        outside_masks=tuple(sorted(lost["outside"])),
         problems=(*sorted(failed), *problems),
     )
 
 
 def _at_one_size(
     image: ScoredImage, anomaly_map: Map | None, preprocessing: Preprocessing, at_original_size: bool
-) -> tuple[Map, Mask, bool]:
-    """Bring an image's map and mask to one size, and say whether the mask has vanished; raise if one is missing."""
+) -> tuple[Map, Mask, str]:
+    """Bring an image's map and mask to one size; raise if one is missing.
+
+    Say why nothing of a defect is left there: "vanished", it is too small; "outside", it is not inspected; or "".
+    """
     if anomaly_map is None:
         raise UndefinedMetricError("no anomaly maps; score with --raw-maps")
     mask = read_mask(image.uri, image.label, image.mask, image.width, image.height)
-    cropped, resized = crop_mask(mask, preprocessing), resize_mask(mask, preprocessing)
+    cropped = compared = crop_mask(mask, preprocessing)
     if at_original_size:
-        return resize_map(anomaly_map, *cropped.shape), cropped, False
-    return anomaly_map, resized, bool(cropped.any() and not (resized & ~np.isnan(anomaly_map)).any())
+        anomaly_map = resize_map(anomaly_map, *cropped.shape)
+    else:
+        compared = resize_mask(mask, preprocessing)
+    if not mask.any() or (compared & ~np.isnan(anomaly_map)).any():
+        return anomaly_map, compared, ""
+    return anomaly_map, compared, "vanished" if cropped.any() and not compared.any() else "outside"
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,7 @@ class CategoryMetrics:
     error_count: int = 0
     unlabelled_count: int = 0
     vanished_masks: tuple[str, ...] = ()
+    outside_masks: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     defects: Mapping[str, CategoryMetrics] = field(default_factory=dict)
 
@@ -242,6 +253,7 @@ def measure_category(scores: LabelledScores) -> CategoryMetrics:
         error_count=scores.error_count,
         unlabelled_count=scores.unlabelled_count,
         vanished_masks=scores.vanished_masks,
+        outside_masks=scores.outside_masks,
         problems=scores.problems,
         defects={label: _measure(scores.of_defect(label)) for label in scores.defect_types},
     )

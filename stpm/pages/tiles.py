@@ -54,7 +54,5 @@ def draw_tile(
         outline = data_uri("png", mask_png(np.asarray(resized)))
     heatmap = "" if levels is None else data_uri("png", overlay_png(levels))
     picture = data_uri("jpeg", encode_jpeg(Image.fromarray(pixels)))
-    tile = Tile(row, scale, picture, heatmap, outline, size)
-    if not row.get("regions"):
-        return tile
-    return tile._replace(regions=row["regions"], seen=preprocessing.source_box(row["width"], row["height"]))
+    seen = preprocessing.source_box(row["width"], row["height"])
+    return Tile(row, scale, picture, heatmap, outline, size, row["regions"] or (), seen)

@@ -6,36 +6,49 @@ The format is COCO's object detection (cocodataset.org/#format-data): the catego
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable, Mapping
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pyarrow.dataset as ds
 
 from stpm import storage
 from stpm.scoring.output import RunOutput
-from stpm.scoring.output_rows import naming_damaged_file, open_rows
+from stpm.scoring.output_rows import read_batches
 
 _COLUMNS = ["uri", "category", "width", "height", "regions"]
+# In memory at a time, with up to 20 regions each.
+_ROWS = 256
 
 
-def write_coco(output: RunOutput) -> None:
-    """Write the file, images by URI, from the rows of a run that has scored all images. Raise RunDamagedError."""
-    with naming_damaged_file(output):
-        rows = open_rows(output, _COLUMNS).to_table(columns=_COLUMNS, filter=ds.field("is_anomalous"))
-    alarms = rows.sort_by("uri")
-    names = sorted(alarms["category"].unique().to_pylist())
-    numbers = {name: number for number, name in enumerate(names, 1)}
-    categories = [json.dumps({"id": numbers[name], "name": name, "supercategory": "defect"}) for name in names]
-    # Lines of text: they take a fraction of the memory of as many objects.
-    images: list[str] = []
-    annotations: list[str] = []
-    for row in (row for batch in alarms.to_batches(1024) for row in batch.to_pylist()):
-        image = {"id": len(images) + 1, "file_name": row["uri"], "width": row["width"], "height": row["height"]}
-        images.append(json.dumps(image))
-        for region in row["regions"]:
-            left, top, right, bottom = (region[name] for name in ("left", "top", "right", "bottom"))
-            ids = {"id": len(annotations) + 1, "image_id": len(images), "category_id": numbers[row["category"]]}
-            box = {"bbox": [left, top, right - left, bottom - top], "area": region["area"], "score": region["score"]}
-            annotations.append(json.dumps(ids | box | {"segmentation": [], "iscrowd": 0}))
-    lists = {"categories": categories, "images": images, "annotations": annotations}
-    text = ",\n".join(f'"{name}": [\n' + ",\n".join(lines) + "]" for name, lines in lists.items())
-    info = json.dumps({"description": "anomalous images and their regions, by stpm"})
-    storage.publish(output.coco, f'{{"info": {info}, "licenses": [],\n{text}}}\n'.encode())
+def write_coco(output: RunOutput, products: Iterable[str]) -> None:
+    """Write the file from the rows of a run that has scored all images of some products. Raise RunDamagedError."""
+    numbers = {name: number for number, name in enumerate(sorted(products), 1)}
+    categories = [{"id": number, "name": name, "supercategory": "defect"} for name, number in numbers.items()]
+    info = {"description": "anomalous images and their regions, by stpm"}
+    head = json.dumps({"info": info, "licenses": [], "categories": categories})
+    image_count = region_count = 0
+    # The annotations, which come after all images, wait in a file.
+    with storage.writing(output.coco) as file, TemporaryFile() as annotations:
+        file.write(f'{head[:-1]},\n"images": ['.encode())
+        for batch in read_batches(output, _COLUMNS, ds.field("is_anomalous"), _ROWS):
+            for row in batch.to_pylist():
+                image_count += 1
+                names = {"file_name": row["uri"], "width": row["width"], "height": row["height"]}
+                _append(file, {"id": image_count, **names})
+                for region in row["regions"]:
+                    region_count += 1
+                    left, top, right, bottom = (region[name] for name in ("left", "top", "right", "bottom"))
+                    ids = {"id": region_count, "image_id": image_count, "category_id": numbers[row["category"]]}
+                    box = {"bbox": [left, top, right - left, bottom - top], "area": region["area"]}
+                    _append(annotations, {**ids, **box, "score": region["score"], "segmentation": [], "iscrowd": 0})
+        annotations.seek(0)
+        file.write(b'],\n"annotations": [')
+        shutil.copyfileobj(annotations, file)
+        file.write(b"]}\n")
+
+
+def _append(file: IO[bytes], item: Mapping[str, Any]) -> None:
+    """Write an item of a list in a line of its own."""
+    file.write(f"{',' if item['id'] > 1 else ''}\n{json.dumps(item)}".encode())

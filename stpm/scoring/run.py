@@ -71,7 +71,7 @@ def run_scoring(run: ScoringRun, *, start_over: bool = False, replace: bool = Fa
         write_triage(run.output, run.triage_images, models)
         state.write(dataclasses.replace(state.record, triage_images=run.triage_images))
     if run.coco:
-        write_coco(run.output)
+        write_coco(run.output, models)
     if not finished:
         state.finish(scored)
     return scored, models

@@ -13,6 +13,7 @@ from stpm.storage.objects import (
     remove,
     remove_unfinished,
     sync,
+    writing,
 )
 from stpm.storage.retries import as_os_errors, in_parallel
 from stpm.storage.tables import decode_parquet, encode_parquet, read_columns, read_table

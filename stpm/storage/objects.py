@@ -8,10 +8,11 @@ import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from tempfile import NamedTemporaryFile
+from typing import IO, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -119,8 +120,25 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
         ConfigError: if its bucket does not exist.
     """
     fs, path = filesystem(uri)
-    if not isinstance(fs, LocalFileSystem):
+    if isinstance(fs, LocalFileSystem):
+        with writing(uri, durable=durable) as file:
+            file.write(data)
+    else:
         _in_bucket(uri, lambda: fs.pipe_file(path, data))
+
+
+@contextmanager
+def writing(uri: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file, and `publish` what is written to it once the block ends without an exception.
+
+    For an object store it is a temporary file of this machine: nothing of it need be in memory.
+    """
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        with NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            _in_bucket(uri, lambda: fs.put_file(file.name, path))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +146,7 @@ def publish(uri: str, data: bytes, *, durable: bool = True) -> None:
     temporary = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             if durable:
                 # Without this, a power cut may keep the new name and lose the bytes: the file is then empty.
                 file.flush()

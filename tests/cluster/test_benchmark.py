@@ -67,7 +67,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Finished:
     (data / "hollow").mkdir()
     make_category(str(data), MARKUP)
     (data / "license.txt").write_text("not a category")
-    return Finished(data, out, call_job("benchmark", "--data", str(data), "--out", str(out), *OPTIONS))
+    where = ["--data", str(data), "--out", str(out), "--track", f"file://{root}/mlruns"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        return Finished(data, out, call_job("benchmark", *where, *OPTIONS))
 
 
 def test_the_report_and_the_log_name_each_failure(run: Finished) -> None:
@@ -101,6 +104,24 @@ def test_each_model_is_stored_with_the_losses_that_were_logged(run: Finished) ->
                 assert " ".join(logged).split() == [f"{loss:.4f}" for loss in stored]
             assert {row["model_id"] for row in run.rows(seed, category)} - {""} == {record.model_id}
     assert not (run.out / "models" / "seed-0" / ".train").exists()
+
+
+def test_each_model_and_the_report_are_runs_in_mlflow(run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(f"file://{run.data.parent}/mlruns")
+    logged = client.search_runs([client.get_experiment_by_name("data").experiment_id])
+    assert sorted(each.info.run_name for each in logged) == sorted(
+        ["report", *(f"{category} (seed {seed})" for category in FITTED for seed in SEEDS)]
+    )
+    for each in logged:
+        assert each.info.status == "FINISHED"
+        if each.info.run_name == "report":
+            assert each.data.metrics["colour/image_auroc"] == run.report["categories"]["colour"]["image_auroc"]
+        else:
+            record = run.store(int(each.data.params["seed"])).record(each.data.tags["category"])
+            assert each.data.tags["model_id"] == record.model_id
 
 
 def test_every_test_image_has_one_row_and_a_heatmap_per_seed(run: Finished) -> None:

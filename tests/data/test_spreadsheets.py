@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 
 import duckdb
@@ -15,7 +16,7 @@ import pytest
 
 from stpm import options, storage
 from stpm.data import spreadsheets
-from stpm.data.spreadsheets import encode_tables
+from stpm.data.spreadsheets import remove_tables, write_tables
 from stpm.errors import ConfigError, RunDamagedError
 from stpm.evaluation.options import ReportOptions
 from stpm.scoring.options import CollectionOptions
@@ -47,13 +48,17 @@ CELLS = [
 ]
 
 
-def encode(kind: options.Export, **tables: pa.Table) -> dict[str, bytes]:
-    return dict(encode_tables({name: table.to_reader(5) for name, table in tables.items()}, kind))
+def encode(folder: Path, kind: options.Export, **tables: pa.Table) -> dict[str, bytes]:
+    write_tables(str(folder), {name: table.to_reader(5) for name, table in tables.items()}, kind)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    remove_tables(str(folder), tables)
+    assert not [*folder.iterdir()]
+    return written
 
 
-def test_csv_is_read_back_without_formulas() -> None:
-    files = encode("csv", rows=TABLE, none=TABLE.slice(12))
-    assert list(files) == ["rows.csv", "none.csv"]
+def test_csv_is_read_back_without_formulas(tmp_path: Path) -> None:
+    files = encode(tmp_path, "csv", rows=TABLE, none=TABLE.slice(12))
+    assert sorted(files) == ["none.csv", "rows.csv"]
     head, *rows = csv.reader(io.StringIO(files["rows.csv"].decode("utf-8-sig"), newline=""))
     assert head == ["'=evil", *HEAD[1:]]
     assert [row[0] for row in rows] == [f"'{text}" if text in FORMULAS else text for text in TEXTS]
@@ -64,11 +69,11 @@ def test_csv_is_read_back_without_formulas() -> None:
     assert frame["score"].tolist()[3:] == [-0.5, *range(8)]
 
 
-def test_xlsx_is_read_back_as_text_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xlsx_is_read_back_as_text_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xlsxwriter")
     openpyxl = pytest.importorskip("openpyxl")
     monkeypatch.setattr(spreadsheets, "_MAX_ROWS", 10)
-    ((name, data),) = encode("xlsx", report=TABLE, defects=TABLE.slice(12)).items()
+    ((name, data),) = encode(tmp_path, "xlsx", report=TABLE, defects=TABLE.slice(12)).items()
     book = openpyxl.load_workbook(io.BytesIO(data))
     assert (name, book.sheetnames) == ("report.xlsx", ["report", "report (2)", "defects"])
     assert {cell.data_type for sheet in book for row in sheet.rows for cell in row if cell.value is not None} == {
@@ -81,7 +86,7 @@ def test_xlsx_is_read_back_as_text_and_numbers(monkeypatch: pytest.MonkeyPatch) 
     assert shown == TEXTS
     assert [row[1:] for row in rows[:4]] == CELLS
     assert pd.read_excel(io.BytesIO(data))["score"].tolist()[3:] == [-0.5, *range(5)]
-    (long,) = encode("xlsx", rows=pa.table({"a": ["x" * 40_000]})).values()
+    (long,) = encode(tmp_path, "xlsx", rows=pa.table({"a": ["x" * 40_000]})).values()
     assert openpyxl.load_workbook(io.BytesIO(long))["rows"]["A2"].value == "x" * 32_767
 
 
@@ -90,18 +95,31 @@ def test_rows_are_exported_without_pictures_and_a_damaged_file_is_named(tmp_path
     rows = make_output(2, uri=["a", "b"], heatmap_png=[b"png", None]).append_column("line", pa.array([7, 8]))
     for number in (0, 1):
         write_rows(output, rows, number)
-    ((name, data),) = encode_tables({"rows": row_reader(output)}, "csv")
-    frame = pd.read_csv(io.BytesIO(data))
+    write_tables(str(tmp_path), {"rows": row_reader(output)}, "csv")
+    frame = pd.read_csv(tmp_path / "rows.csv")
     pictures = {"heatmap_png", "overlay_jpeg", "region_mask_png", "anomaly_map"}
     assert frame.columns.tolist() == [each for each in rows.column_names if each not in pictures]
     assert frame[["uri", "line"]].to_numpy().tolist() == [["a", 7], ["b", 8]] * 2
     # A run that starts over removes it.
-    storage.publish(f"{tmp_path}/{name}", data)
     assert f"{tmp_path}/rows.csv" in output.written_uris()
     reader, whole = row_reader(output), storage.read(output.files()[1])
     storage.publish(output.files()[1], b"\0" * 2000 + whole[2000:])
+    (tmp_path / "rows.csv").write_bytes(b"before")
     with pytest.raises(RunDamagedError, match=r"scores_1\.parquet is damaged"):
-        dict(encode_tables({"rows": reader}, "csv"))
+        write_tables(str(tmp_path), {"rows": reader}, "csv")
+    assert (tmp_path / "rows.csv").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx"])
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path, kind: options.Export) -> None:
+    batch, peaks = TABLE.combine_chunks().to_batches()[0], []
+    for count in (50, 400):
+        reader = pa.RecordBatchReader.from_batches(TABLE.schema, iter([batch] * count))
+        tracemalloc.start()
+        write_tables(str(tmp_path), {"rows": reader}, kind)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]
 
 
 def test_the_lines_in_the_docs_read_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

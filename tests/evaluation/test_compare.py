@@ -90,7 +90,9 @@ def test_images_are_paired_by_category_and_uri(a: Images, b: Images) -> None:
         check(each, a, b, [key for key in common if each.category in ("all", key[0])])
     broken = len(a.keys() & b.keys()) - len(common)
     left_out = {"in A alone": len(a.keys() - b.keys()), "in B alone": len(b.keys() - a.keys())}
+    other = sum("" not in (a[key][0], b[key][0]) and a[key][0] != b[key][0] for key in a.keys() & b.keys())
     expected = {**left_out, "in both, with an error in one": broken}
+    expected |= {"labelled otherwise in A than in B, whose labels count": other}
     said = Counter({line.split(" are ")[1].split(", such as")[0]: int(line.split()[0]) for line in remarks})
     assert said == {where: count for where, count in expected.items() if count}
 
@@ -113,7 +115,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Write two finished runs in folders whose names are markup: B lacks an image, and decides the others in turn."""
     root = tmp_path_factory.mktemp("compare") / EVIL
     output = scored_run(root).output
-    rows = pq.read_table(output.files()[0])
+    box = {"left": 1, "top": 2, "right": 30, "bottom": 40, "area": 900, "share": 0.5, "score": 3.0}
+    rows = with_column(pq.read_table(output.files()[0]), "regions", [[box]] * 12)
+    write_rows(output, rows)
     store = ModelStore(str(root / "models"))
     model_id = save(store, TINY).model_id
     finish_run(output, model_id, store.uri, 12)
@@ -143,6 +147,12 @@ def test_two_runs_on_a_page(folders: list[str], tmp_path: Path, browser: Any, ca
     assert figures.first.locator("svg:visible").count() == 3
     first = next(iter(found.changes.values()))[0]
     scores = [run.rows.filter(pc.field("uri") == first)["score"][0].as_py() for run in runs]
+    # The regions of A, and dashed those of B; the key b takes them away.
+    boxes = figures.first.locator(".a .regions rect:visible")
+    dashes = boxes.evaluate_all("boxes => boxes.map(each => getComputedStyle(each).strokeDasharray)")
+    assert dashes == ["none", "5px, 3px"]
+    tab.keyboard.press("b")
+    assert boxes.count() == 0
     for name, score in zip("AB", scores, strict=True):
         assert f"{name}: score {score:.3g}, threshold 1, " in figures.first.inner_text()
     tab.close()
@@ -160,6 +170,8 @@ def test_a_long_list_shows_its_beginning(folders: list[str], tmp_path: Path, mon
 def test_what_cannot_be_compared_is_refused(folders: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--run names 1 runs, and --models 0 stores; give two runs"):
         CompareOptions(run=Names("a"))
+    with pytest.raises(ConfigError, match=r"^A and B are both .*run; give two runs"):
+        run_compare(CompareOptions(run=Names([folders[0], f"{folders[0]}/"])))
     with pytest.raises(ModelError, match=r"/gone: no model .*; if its store has moved, name the new place by --models"):
         run_compare(CompareOptions(run=Names(folders), models=Names([f"{tmp_path}/gone"])))
     store = folders[0].replace("/run", "/models")

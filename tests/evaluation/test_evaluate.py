@@ -33,6 +33,9 @@ def test_a_category_is_evaluated_published_and_gated(tmp_path: Path, caplog: pyt
     assert publish_report(report, out, gate, "csv", [category.output]) == 2
     rows = {name: len(pd.read_csv(f"{out}/{name}.csv")) for name in ("report", "defects", "rows-seed-0")}
     assert rows == {"report": 1, "defects": 1, "rows-seed-0": 12}
+    # Of an earlier report, none stays beside another.
+    assert publish_report(report, out, Gate((), {}), "xlsx", [category.output]) == 0
+    assert {path.name for path in Path(out).iterdir()} == {"report.html", "report.xlsx", *report.files()}
     assert any(line.startswith("falls short: nut.pixel_auroc is 0.") for line in caplog.messages)
 
 

@@ -43,6 +43,7 @@ def evil_page() -> str:
         error_count=0,
         unlabelled_count=0,
         vanished_masks=(f"s3://b/{EVIL}",),
+        outside_masks=(f"s3://b/{EVIL}",),
         problems=(),
     )
     results = []
