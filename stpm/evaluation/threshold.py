@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stpm.method.calibration import promised_rates
+from stpm.method.calibration import count_far, promised_rates, spreads_above
 from stpm.metrics.intervals import Scores
 from stpm.models.record import Decision
 
@@ -20,6 +20,7 @@ class Threshold(NamedTuple):
         threshold_source: where it comes from, in words.
         expected_false_alarm_rate: fraction of new good images above it, on average over calibration sets.
         false_alarm_bound: the fraction that nine of ten calibration sets keep to.
+        far_count: calibration images whose scores are far above the others'.
     """
 
     threshold: float | None = None
@@ -27,6 +28,7 @@ class Threshold(NamedTuple):
     threshold_source: str = ""
     expected_false_alarm_rate: float | None = None
     false_alarm_bound: float | None = None
+    far_count: int | None = None
 
 
 def place_threshold(value: float, scores: Scores, decision: Decision | None = None) -> Threshold:
@@ -42,4 +44,4 @@ def place_threshold(value: float, scores: Scores, decision: Decision | None = No
     source = f"{'largest' if rank == 1 else f'{rank}{suffix}'} of {count} good"
     if decision:
         source = f"set by {decision.by}"
-    return Threshold(value, rank, source, *promised_rates(scores, value))
+    return Threshold(value, rank, source, *promised_rates(scores, value), count_far(spreads_above(scores)))
