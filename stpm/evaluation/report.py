@@ -16,7 +16,7 @@ from stpm.errors import join_first
 from stpm.evaluation.gallery import Gallery
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.summary import escape_markdown, headline, metric_rows, summary_rows, write_table
-from stpm.evaluation.threshold import Threshold
+from stpm.evaluation.thresholds import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
 from stpm.models.libraries import installed_versions
