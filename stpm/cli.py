@@ -288,7 +288,7 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
         code = exit_code_for(error)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        log.critical(last_line(error) + (f"; make room on that disk; then {HOW_TO_CONTINUE}" if is_full else ""))
+        log.critical(last_line(error) + (f"; make room on that disk; {HOW_TO_CONTINUE}" if is_full else ""))
         code = SOME_FAILED if is_full else COULD_NOT_RUN
     sys.exit(code)
 

@@ -434,7 +434,7 @@ def test_an_error_of_the_disk_is_a_line_or_a_json_object(capsys: pytest.CaptureF
         run_job(Job("full", "", {}, f"{__name__}:fill_the_disk", ""), ["--log", log_format])
     assert exit_.value.code == 2
     out, err = capsys.readouterr()
-    message = f"[Errno 28] No space left on device: '/data/x'; make room on that disk; then {HOW_TO_CONTINUE}"
+    message = f"[Errno 28] No space left on device: '/data/x'; make room on that disk; {HOW_TO_CONTINUE}"
     if log_format == "text":
         assert err == f"error: {message}\n"
     else:
