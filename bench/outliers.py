@@ -1,27 +1,28 @@
 """Mix real defects into the good images of products; count how many of them a fit would name, and what that repairs.
 
-    python bench/outliers.py --data DATA
-    python bench/outliers.py --data DATA --fit 'pixels=40960 coarse_pixels=0 brightness=0 memory=1000'
+    python bench/outliers.py --data DATA --recipe 'pixels=40960 coarse_pixels=0 brightness=0 memory=1000'
 
-Prints, for 1, 5 and 10 % of test defects among the good training images, the share of them that is in the first places,
-as many places as there are defects / twice as many, by the distance to the k-th nearest image in the coarsest level of
-the coarse view, as in a fit, and of the fine view. Then how many defects, and how many good images, lie far out in the
-coarse view. Means over draws of the defects.
+Fits preset `default` without a student, with these name=value pairs on top, with 1, 5 and 10 % of test defects among
+the good training images. Prints the share of the defects that is in the first places, as many places as there are
+defects / twice as many: by the distance to the nearest other images, by the score from banks without the image's fold,
+and by the more unusual of both, as on `fit.html`; and how many defects, and how many good images, are far out. Means
+over draws of the defects.
 
-With --fit, fits preset `default` without a student, with these name=value pairs on top: on the good images and the
-defects; on what is left when a person has excluded the defects among the first images, as many as `fit.html` shows; and
-on the good images. Prints image AUROC of each, and recall and false alarms at the threshold for one percent, on the
-test images but those that were mixed in; of one draw.
+Then, for one draw, image AUROC, and recall and false alarms at the threshold for one percent, on the test images but
+those that were mixed in: of that model, of one without the defects that a person has excluded among the first images,
+as many as `fit.html` shows, and of one on the good images alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
-from local_fit import calibrate_on, change_recipe, folds_of, make_fit_parser, score_features, teacher_from
+from local_fit import change_recipe, folds_of, make_fit_parser, score_features, teacher_from
 from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 from torch import Tensor
@@ -29,12 +30,14 @@ from torch import Tensor
 from stpm.data import mvtec
 from stpm.detector import Detector
 from stpm.fitting.build_memory import MemoryCandidates
+from stpm.fitting.calibrate import calibrate
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.calibration import threshold
+from stpm.method.anomaly_maps import Float32Array
+from stpm.method.calibration import FAR, spreads_above, threshold
 from stpm.method.memory_bank import DescriptorSpec
-from stpm.method.outliers import lies_far, neighbour_distances, score_images
+from stpm.method.outliers import neighbour_distances, score_images
 from stpm.method.recipe import PRESETS, Recipe
 
 _RAM_BUDGET = 4 * 2**30
@@ -48,9 +51,9 @@ _SHOWN, _RATE = 24, 0.01
 class Mixed:
     """A category's images, good ones, the test's good ones and defects, with the teacher's features of them."""
 
-    def __init__(self, category: mvtec.Category, recipe: Recipe, with_good_tests: bool) -> None:
+    def __init__(self, category: mvtec.Category, recipe: Recipe) -> None:
         good = [uri for uri, _ in category.train]
-        tests = [test.uri for test in category.test if with_good_tests and test.label == mvtec.GOOD]
+        tests = [test.uri for test in category.test if test.label == mvtec.GOOD]
         defects = [test.uri for test in category.test if test.label != mvtec.GOOD]
         preprocessing = preprocessing_for(recipe, good)
         images = load_images([*good, *tests, *defects], preprocessing, _RAM_BUDGET)
@@ -64,93 +67,80 @@ class Mixed:
         wanted = min(max(round(share * len(self.good)), 1), len(self.defects))
         return np.random.default_rng(seed).choice(self.defects, wanted, replace=False)
 
-    def describe(self, index: int) -> Tensor:
-        """Return the descriptors of all images, (N, P, C), in a level of the teacher's."""
-        stride = math.ceil(math.sqrt(math.prod(self.features.shapes[index]) / _MAX_POSITIONS))
-        spec = DescriptorSpec(index, "features", stride, stride)
+    @cached_property
+    def described(self) -> Tensor:
+        """The descriptors of all images, (N, P, C), in the coarsest level."""
+        stride = math.ceil(math.sqrt(math.prod(self.features.shapes[-1]) / _MAX_POSITIONS))
+        spec = DescriptorSpec(len(self.features.shapes) - 1, "features", stride, stride)
         batches = self.features.batches(np.arange(len(self.features.images)))
-        return torch.cat([spec.describe(self.features(batch)[index]).flatten(1, 2) for batch in batches])
+        return torch.cat([spec.describe(self.features(batch)[-1]).flatten(1, 2) for batch in batches])
 
-    def fit(self, images: Indices) -> tuple[Detector, float]:
-        """Fit a memory on images, by folds; return it with its threshold."""
+    def fit(self, images: Indices) -> tuple[Detector, Float32Array]:
+        """Fit a memory on images, by folds; return it with their scores, by ascending index."""
         candidates = MemoryCandidates(self.features, np.sort(images), self.recipe)
         detector = Detector.assemble(self.features.teacher, self.recipe, None, candidates.banks)
         parts = folds_of(candidates, np.random.default_rng(self.recipe.seed).permutation(images))
-        detector, scores = calibrate_on(detector, self.features, parts, images[:0])
-        return detector, threshold(scores, _RATE)
+        scores, _, scales, _ = calibrate(detector, self.features, parts, images[:0])
+        return dataclasses.replace(detector, distance_scales=scales), scores
+
+    def spreads(self, images: Indices, scores: Float32Array, seed: int) -> list[Float32Array]:
+        """Return how unusual images are by their distances, by their scores, and by both."""
+        chosen = self.described[torch.from_numpy(images)]
+        distances = neighbour_distances(chosen, torch.ones(chosen.shape[:2], dtype=torch.bool), seed)
+        found = [spreads_above(score_images(distances).numpy()), spreads_above(scores)]
+        return [*found, np.maximum(*found)]
+
+    def measure(self, fitted: tuple[Detector, Float32Array], unseen: Indices) -> list[str]:
+        """Return a model's image AUROC, recall and false alarms."""
+        detector, scores = fitted
+        good, found = (np.array(score_features(detector, self.features, each)) for each in (self.tests, unseen))
+        cut = threshold(np.sort(scores), _RATE)
+        auroc = roc_auc_score(np.repeat([False, True], [len(good), len(found)]), [*good, *found])
+        return [f"{float(value):.3f}" for value in (auroc, (found > cut).mean(), (good > cut).mean())]
 
 
-def rank(described: Tensor, images: Indices, seed: int) -> Tensor:
-    """Return how far out each of these images lies from the others of them."""
-    chosen = described[torch.from_numpy(images)]
-    return score_images(neighbour_distances(chosen, torch.ones(chosen.shape[:2], dtype=torch.bool), seed))
-
-
-def count(mixed: Mixed, described: Tensor, share: float, seed: int) -> list[float]:
-    """Return the shares of mixed-in defects in the first places, and how many defects and good images lie far out."""
-    defects, good = mixed.draw(share, seed), len(mixed.good)
-    scores = rank(described, np.concatenate([mixed.good, defects]), seed)
-    is_defect = scores.argsort(descending=True) >= good
-    far = lies_far(scores)
-    found = [float(is_defect[: places * len(defects)].sum()) / len(defects) for places in (1, 2)]
-    return [*found, float(far[good:].sum()), float(far[:good].sum()), len(defects)]
-
-
-def name_defects(mixed: Mixed, name: str) -> list[list[str]]:
-    """Return rows of how many defects are named."""
-    views = [
-        mixed.describe(index)
-        for index in (len(mixed.features.shapes) - 1, len(mixed.features.teacher.views[0].levels) - 1)
-    ]
-    rows = []
-    for share in _SHARES:
-        coarse, fine = (np.mean([count(mixed, view, share, seed) for seed in range(_DRAWS)], axis=0) for view in views)
-        places = [f"{first:.2f} / {twice:.2f}" for first, twice, *_ in (coarse, fine)]
-        far = f"{coarse[2]:.1f} of {coarse[4]:.0f}, {coarse[3]:.1f} of {len(mixed.good)}"
-        rows.append([name, f"{share:.0%}", *places, far])
-        print(*rows[-1], flush=True)
-    return rows
-
-
-def fit_models(mixed: Mixed, name: str) -> list[list[str]]:
-    """Return rows of what models find with the defects, without those that a person excludes, and without any."""
-    described = mixed.describe(-1)
+def compare(mixed: Mixed, name: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield for each share of defects how many are named, and what models find with and without them."""
     clean = mixed.fit(mixed.good)
-    rows = []
     for share in _SHARES:
-        defects = mixed.draw(share, 0)
-        images = np.concatenate([mixed.good, defects])
-        shown = images[rank(described, images, 0).argsort(descending=True)[:_SHOWN].numpy()]
-        excluded = np.intersect1d(shown, defects)
-        models = (mixed.fit(images), mixed.fit(np.setdiff1d(images, excluded)) if len(excluded) else None, clean)
-        unseen = np.setdiff1d(mixed.defects, defects)
-        columns = []
-        for detector, cut in (models[0], models[1] or models[0], models[2]):
-            good, found = (np.array(score_features(detector, mixed.features, each)) for each in (mixed.tests, unseen))
-            auroc = roc_auc_score(np.repeat([False, True], [len(good), len(found)]), [*good, *found])
-            columns.append([f"{float(value):.3f}" for value in (auroc, (found > cut).mean(), (good > cut).mean())])
+        draws, models = [], []
+        for seed in reversed(range(_DRAWS)):
+            defects = mixed.draw(share, seed)
+            images = np.sort(np.concatenate([mixed.good, defects]))
+            models = [mixed.fit(images)]
+            ways, is_defect = mixed.spreads(images, models[0][1], seed), np.isin(images, defects)
+            orders = [np.argsort(-way) for way in ways]
+            named = [is_defect[order[: k * len(defects)]].sum() / len(defects) for order in orders for k in (1, 2)]
+            draws.append([*named, *((ways[-1][each] > FAR).sum() for each in (is_defect, ~is_defect))])
+        *named, far, far_good = np.mean(draws, axis=0)
+        places = [f"{first:.2f} / {twice:.2f}" for first, twice in zip(named[::2], named[1::2], strict=True)]
+        row = [name, f"{share:.0%}", *places]
+        excluded = np.intersect1d(images[orders[-1][:_SHOWN]], defects)
+        models += [mixed.fit(np.setdiff1d(images, excluded)) if len(excluded) else models[0], clean]
+        columns = [mixed.measure(each, np.setdiff1d(mixed.defects, defects)) for each in models]
         together = [" / ".join(values) for values in zip(*columns, strict=True)]
-        rows.append([name, f"{share:.0%}", f"{len(excluded)} of {len(defects)}", *together])
-        print(*rows[-1], flush=True)
-    return rows
+        rows = (
+            [*row, f"{far:.1f} of {len(defects)}, {far_good:.1f} of {len(mixed.good)}"],
+            [*row[:2], f"{len(excluded)} of {len(defects)}", *together],
+        )
+        print(*rows[0], *rows[1][2:], flush=True)
+        yield rows
 
 
 def main() -> None:
     parser = make_fit_parser(__doc__)
-    parser.add_argument("--fit", help="fit models, with these name=value pairs on top of the preset")
+    parser.add_argument("--recipe", default="", help="name=value pairs on top of the preset")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     teacher = {"teacher": arguments.teacher, "teacher_weights": arguments.teacher_weights}
-    recipe = dataclasses.replace(PRESETS["default"], student="none", **teacher)
-    recipe = change_recipe(recipe, arguments.fit or "")
-    fits = arguments.fit is not None
-    rows = []
+    recipe = change_recipe(dataclasses.replace(PRESETS["default"], student="none", **teacher), arguments.recipe)
+    rows: list[tuple[list[str], list[str]]] = []
     for name in mvtec.find_categories(arguments.data, arguments.categories):
-        mixed = Mixed(mvtec.read_category(arguments.data, name), recipe, with_good_tests=fits)
-        rows += (fit_models if fits else name_defects)(mixed, name)
-    of_names = ["coarse view", "fine view", "far out: defects, good"]
+        rows += compare(Mixed(mvtec.read_category(arguments.data, name), recipe), name)
+    named, fitted = zip(*rows, strict=True)
+    print(tabulate(named, ["product", "defects", "distance", "score", "both", "far out: defects, good"], "pipe"))
     of_models = [f"excluded of the first {_SHOWN}", "AUROC: with / after / clean", "recall", "false alarms"]
-    print(tabulate(rows, ["product", "defects", *(of_models if fits else of_names)], "pipe"))
+    print(tabulate(fitted, ["product", "defects", *of_models], "pipe"))
 
 
 if __name__ == "__main__":

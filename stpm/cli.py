@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ import yaml
 from stpm import __version__
 from stpm.console import LogFormat, start_logging, stop_on_signals, stop_signal
 from stpm.errors import HOW_TO_CONTINUE, ConfigError, StpmError, last_line
-from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN, STOPPED, exit_code_for
+from stpm.exit_codes import ALL_DONE, COULD_NOT_RUN, SOME_FAILED, STOPPED, exit_code_for
 from stpm.fitting.options import CategoryOptions
 from stpm.method.recipe import PRESETS, Preset, Recipe
 from stpm.names import as_utf8, hide_urls, is_utf8
@@ -286,8 +287,9 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
         log.critical("%s", error)
         code = exit_code_for(error)
     except OSError as error:
-        log.critical("%s", last_line(error))
-        code = COULD_NOT_RUN
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        log.critical(last_line(error) + (f"; make room on that disk; {HOW_TO_CONTINUE}" if is_full else ""))
+        code = SOME_FAILED if is_full else COULD_NOT_RUN
     sys.exit(code)
 
 

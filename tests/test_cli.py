@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from stpm import __version__
 from stpm.cli import Job, run_job
 from stpm.commands import COMMANDS, main
-from stpm.errors import ConfigError
+from stpm.errors import HOW_TO_CONTINUE, ConfigError
 from stpm.evaluation.options import BenchmarkOptions
 from stpm.fitting.options import CategoryOptions
 from stpm.method.recipe import PRESETS, Recipe
@@ -432,9 +432,9 @@ def fill_the_disk() -> int:
 def test_an_error_of_the_disk_is_a_line_or_a_json_object(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         run_job(Job("full", "", {}, f"{__name__}:fill_the_disk", ""), ["--log", log_format])
-    assert exit_.value.code == 1
+    assert exit_.value.code == 2
     out, err = capsys.readouterr()
-    message = "[Errno 28] No space left on device: '/data/x'"
+    message = f"[Errno 28] No space left on device: '/data/x'; make room on that disk; {HOW_TO_CONTINUE}"
     if log_format == "text":
         assert err == f"error: {message}\n"
     else:

@@ -32,7 +32,7 @@ def test_a_full_disk_is_one_line_that_names_it(
         )
     assert str(interrupted.value) == (
         f"scoring was interrupted: OSError: [Errno 28] No space left on device: '{uri}'; make room on that disk; "
-        f"then {HOW_TO_CONTINUE}"
+        f"{HOW_TO_CONTINUE}"
     )
     assert not caplog.records
     # Any other failure may be a fault of Ray, or of ours.

@@ -47,7 +47,7 @@ def how_to_continue(error: Exception, message: str) -> str:
     if stop_signal():
         raise KeyboardInterrupt from error
     if any(os.strerror(each) in str(error) for each in storage.FULL_DISK):
-        return f"make room on that disk; then {HOW_TO_CONTINUE}"
+        return f"make room on that disk; {HOW_TO_CONTINUE}"
     log.exception(message)
     return HOW_TO_CONTINUE
 

@@ -19,7 +19,7 @@ from stpm.evaluation.gallery import galleries
 from stpm.evaluation.gate import Gate
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.evaluation.threshold import place_threshold
+from stpm.evaluation.thresholds import place_threshold
 from stpm.exit_codes import ALL_DONE, SOME_FAILED, exit_code
 from stpm.metrics.category_metrics import measure_category
 from stpm.metrics.intervals import Scores

@@ -16,7 +16,7 @@ from stpm.errors import join_first
 from stpm.evaluation.gallery import Gallery
 from stpm.evaluation.options import MasksAt
 from stpm.evaluation.summary import escape_markdown, headline, metric_rows, summary_rows, write_table
-from stpm.evaluation.threshold import Threshold
+from stpm.evaluation.thresholds import Threshold
 from stpm.metrics.category_metrics import AUPRO_LIMITS, METRICS, CategoryMetrics
 from stpm.metrics.intervals import CONFIDENCE
 from stpm.models.libraries import installed_versions
@@ -38,7 +38,7 @@ _REPORT_SCHEMA = pa.schema(
     {
         **_METRIC_TYPES,
         **dict.fromkeys(("error_count", "train_count", "held_out_count", "calibration_count"), pa.int64()),
-        **dict.fromkeys(("epochs", "kept_epoch", "threshold_rank"), pa.int64()),
+        **dict.fromkeys(("epochs", "kept_epoch", "threshold_rank", "far_count"), pa.int64()),
         **dict.fromkeys((*_AVERAGED, "threshold", "false_alarm_bound"), pa.float64()),
         **dict.fromkeys(("threshold_source", "input_size", "precision", "device", "model_id"), pa.string()),
     }
@@ -125,8 +125,13 @@ class Report:
                     f"{name}: {len(masks)} of {first.metrics.defect_count} defects lie wholly outside of what is "
                     f"inspected; recall and image metrics count them, pixel metrics do not: {join_first(masks)}"
                 )
-            interval = first.metrics.metrics["image_false_alarm_rate"].interval
-            if interval and interval[0] > (first.threshold.false_alarm_bound or 1):
+            interval, limit = first.metrics.metrics["image_false_alarm_rate"].interval, first.threshold
+            if not first.model.decision and (limit.threshold_rank or 1) <= (limit.far_count or 0):
+                notes.append(
+                    f"{name}: its threshold is the score of one of {limit.far_count} good images that are unlike all "
+                    "others, and may miss defects: look at its model's fit.html, and leave out the bad ones (--exclude)"
+                )
+            if interval and interval[0] > (limit.false_alarm_bound or 1):
                 notes.append(
                     f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike "
                     "the good ones here (docs/recipes.md)"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,10 +19,10 @@ from stpm.data.mvtec import GOOD
 from stpm.errors import DataError, ModelDamagedError, ModelError
 from stpm.evaluation.category import ScoredCategory
 from stpm.evaluation.charts import draw_thresholds
-from stpm.method.calibration import log_normal_limit, promised_rates
+from stpm.method.calibration import count_far, log_normal_limit, promised_rates, spreads_above
 from stpm.metrics.intervals import Scores, wilson_interval
 from stpm.models.options import Costs, ModelsOptions
-from stpm.models.record import ModelRecord
+from stpm.models.record import Decision, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.pages import render
 from stpm.scoring.output import RunOutput
@@ -32,6 +33,42 @@ _LISTED = 12
 _BEYOND, _MIN_TO_GUESS = (0.01, 0.001), 20
 
 log = logging.getLogger(__name__)
+
+
+class Threshold(NamedTuple):
+    """A threshold, as report.parquet has it; without values where no image was scored.
+
+    Args:
+        threshold: scores above it are anomalous.
+        threshold_rank: one more than there are calibration scores above it: 1 is the largest of them.
+        threshold_source: where it comes from, in words.
+        expected_false_alarm_rate: fraction of new good images above it, on average over calibration sets.
+        false_alarm_bound: the fraction that nine of ten calibration sets keep to.
+        far_count: calibration images whose scores are far above the others'.
+    """
+
+    threshold: float | None = None
+    threshold_rank: int | None = None
+    threshold_source: str = ""
+    expected_false_alarm_rate: float | None = None
+    false_alarm_bound: float | None = None
+    far_count: int | None = None
+
+
+def place_threshold(value: float, scores: Scores, decision: Decision | None = None) -> Threshold:
+    """Find the place of a threshold, whoever set it, among n calibration scores; NaN: no image was scored.
+
+    >>> place_threshold(2.0, np.array([1, 2, 3], np.float32))[:4]
+    (2.0, 2, '2nd of 3 good', 0.5)
+    """
+    if np.isnan(value):
+        return Threshold()
+    count, rank = len(scores), 1 + int((scores > np.float32(value)).sum())
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(0 if rank % 100 in (11, 12, 13) else rank % 10, "th")
+    source = f"{'largest' if rank == 1 else f'{rank}{suffix}'} of {count} good"
+    if decision:
+        source = f"set by {decision.by}"
+    return Threshold(value, rank, source, *promised_rates(scores, value), count_far(spreads_above(scores)))
 
 
 @dataclass(frozen=True)

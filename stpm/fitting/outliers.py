@@ -1,4 +1,4 @@
-"""The good images that may not be good: which lie far from the others, a warning, and the page `fit.html`."""
+"""The good images that may not be good: which are unlike the others, a warning, and the page `fit.html`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from stpm.errors import join_first
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.method.anomaly_maps import Float32Array
-from stpm.method.calibration import threshold
+from stpm.method.calibration import MIN_IMAGES, count_far, spreads_above, threshold
 from stpm.method.memory_bank import DescriptorSpec, strided_shape
-from stpm.method.outliers import lies_far, neighbour_distances, score_images
+from stpm.method.outliers import neighbour_distances, score_images
 from stpm.pages import render
 
 PAGE = "fit.html"
@@ -34,7 +34,10 @@ _RATE = 0.01
 def find_outliers(
     features: TeacherFeatures, calibrating: Indices, calibration_scores: Float32Array, seed: int
 ) -> tuple[str, bytes]:
-    """Find the good images that lie far from all others.
+    """Find the good images that are unlike all others: by their own scores, or by their distances to other images.
+
+    The score of an image that the model has not seen names more defects, but two like ones may hide each other
+    (bench/RESULTS-quality.md).
 
     Args:
         calibrating: indices of the n images that calibrate the model.
@@ -44,8 +47,11 @@ def find_outliers(
         A warning that names them, "" if there are none, and the page.
     """
     images, distances = features.images, _compare(features, seed)
-    scores = score_images(distances.flatten(1))
-    order, far = scores.argsort(descending=True, stable=True).tolist(), int(lies_far(scores).sum())
+    distance = score_images(distances.flatten(1)).numpy()
+    spreads, scores = spreads_above(distance), dict(zip(calibrating.tolist(), calibration_scores.tolist(), strict=True))
+    if len(calibrating) >= MIN_IMAGES:
+        spreads[calibrating] = np.maximum(spreads[calibrating], spreads_above(calibration_scores))
+    order, far = np.argsort(-spreads, kind="stable").tolist(), count_far(spreads)
 
     def without(count: int) -> float | None:
         kept = ~np.isin(calibrating, order[:count])
@@ -54,7 +60,9 @@ def find_outliers(
     shown = [
         {
             "name": images.names[i],
-            "score": scores[i],
+            "spreads": spreads[i],
+            "distance": distance[i],
+            "score": scores.get(i),
             "picture": _draw(features, i, distances[i]),
             "without": without(n),
         }
@@ -64,7 +72,7 @@ def find_outliers(
     page = render(
         "fitting/fit.html",
         images=shown,
-        rest=scores[order[_SHOWN:]].tolist(),
+        rest=spreads[order[_SHOWN:]].tolist(),
         far=far,
         rate=_RATE,
         calibrating=len(calibrating),
@@ -74,14 +82,15 @@ def find_outliers(
     ).encode()
     if not far:
         return "", page
-    named = join_first([f"{images.names[i]} ({scores[i]:.3g})" for i in order[:far]], _NAMED, ", ")
+    named = join_first([f"{images.names[i]} ({spreads[i]:.3g})" for i in order[:far]], _NAMED, ", ")
     before, after = without(0), without(far)
     change = (
         "" if after in (None, before) else f"; without them the threshold would be about {after:.3g}, not {before:.3g}"
     )
     return (
-        f"look at good images that are unlike all others: {named}; the next has {scores[order[far]]:.3g}{change}. If "
-        f"one has a defect, fit again without it (--exclude); the model's {PAGE} shows them"
+        f"look at good images that are unlike all others: {named}, in spreads above the median; the next has "
+        f"{spreads[order[far]]:.3g}{change}. If one has a defect, fit again without it (--exclude); the model's {PAGE} "
+        "shows them"
     ), page
 
 

@@ -61,7 +61,7 @@ class FitProgress:
         self._said = self._clock()
         match event:
             case None:
-                log.info(f"{self._bar()}, at work for {duration(self._said - self._start)}")
+                log.info(f"{self._bar()}, at work for {self._said - self._start:.0f} s")
             case FitResult():
                 self._end(event)
             case (key, Epoch() as epoch):

@@ -14,6 +14,12 @@ from scipy.special import betaincinv, stdtrit
 from stpm.errors import join_first
 from stpm.method.scales import HeatmapScale
 
+# A good image lies far out from so many spreads on: of real products one in a hundred (bench/RESULTS-quality.md). Fewer
+# images have no upper quartile.
+FAR, MIN_IMAGES = 6.0, 10
+# A spread is at least this fraction of the median.
+_MIN_SPREAD = 0.02
+
 log = logging.getLogger(__name__)
 
 
@@ -106,6 +112,19 @@ def describe_promise(scores: npt.NDArray[np.float32], threshold: float) -> str:
         f"{(scores > threshold).sum()} of {len(scores)} calibration images are above {threshold:.4g}: of 1,000 good "
         f"images expect at most {expected}, and in 9 of 10 cases at most {bound}"
     )
+
+
+def spreads_above(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return how far values of good images, (N,), are above their median, where the upper quartile is one spread."""
+    middle, upper = np.quantile(values, [0.5, 0.75])
+    spread = max(upper - middle, _MIN_SPREAD * abs(middle), np.finfo(np.float32).tiny)
+    spreads: npt.NDArray[np.float32] = ((values - middle) / spread).astype(np.float32)
+    return spreads
+
+
+def count_far(spreads: npt.NDArray[np.float32]) -> int:
+    """Count the images that lie far out, by `spreads_above`; 0 of fewer than ten."""
+    return int((spreads > FAR).sum()) if len(spreads) >= MIN_IMAGES else 0
 
 
 def log_normal_limit(scores: npt.NDArray[np.float32], false_alarm_rate: float) -> float:

@@ -17,9 +17,6 @@ _NEIGHBOUR = 3
 _MAX_REFERENCES, _QUERIES = 8_192, 512
 # The fraction of an image's positions, the farthest, whose mean distance is its score.
 _TOP = 0.25
-# An image lies far out if its score is this many times as far above the median as the upper quartile is, which is at
-# least the other number times the median above it. Fewer images have no such quartile.
-_FAR, _MIN_SPREAD, _MIN_IMAGES = 5.0, 0.02, 10
 # Where all images are alike, a channel's deviation, and the median distance, are this.
 _MIN_DISTANCE = 1e-6
 
@@ -60,10 +57,3 @@ def neighbour_distances(descriptors: Tensor, valid: Tensor, seed: int) -> Tensor
 def score_images(distances: Tensor) -> Tensor:
     """Return the score of each image, the mean of its largest distances: (N, P) to (N,)."""
     return distances.topk(max(round(_TOP * distances.shape[1]), 1), dim=1).values.mean(dim=1)
-
-
-def lies_far(scores: Tensor) -> Tensor:
-    """Mark the images whose scores, (N,), are far above most: (N,) bool; none of fewer than ten."""
-    middle, upper = scores.median(), scores.quantile(0.75)
-    is_far = scores > middle + _FAR * torch.maximum(upper - middle, _MIN_SPREAD * middle)
-    return is_far & (len(scores) >= _MIN_IMAGES)

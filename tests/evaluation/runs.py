@@ -11,7 +11,7 @@ from stpm.data.heatmaps import palette_png
 from stpm.data.mvtec import read_category
 from stpm.evaluation.category import MasksAt, ScoredCategory, read_scores
 from stpm.evaluation.report import CategoryResult, Failure, Report
-from stpm.evaluation.threshold import place_threshold
+from stpm.evaluation.thresholds import place_threshold
 from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.scales import HeatmapScale

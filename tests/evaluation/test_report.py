@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import beta
 
 from stpm.evaluation.report import Failure, Report
+from stpm.evaluation.thresholds import place_threshold
 from stpm.metrics.category_metrics import Metric
 from stpm.metrics.intervals import wilson_interval
 from tests.conftest import TINY, make_preprocessing
@@ -151,3 +152,11 @@ def test_the_markdown_table_escapes_names() -> None:
     assert "0.5000" in table[2]
     assert "\\<b\\>" in text
     assert "<b>" not in text
+
+
+@pytest.mark.parametrize(("largest", "is_noted"), [(40.0, True), (2.5, False)])
+def test_a_threshold_that_an_odd_good_image_sets_is_noted(largest: float, is_noted: bool) -> None:
+    scores = np.append(np.linspace(1, 2, 20), largest).astype(np.float32)
+    made = dataclasses.replace(result("nut", 0, 0.5, None), threshold=place_threshold(largest, scores))
+    text = Report("data", [made]).text()
+    assert ("nut: its threshold is the score of one of 1 good images that are unlike all others" in text) == is_noted

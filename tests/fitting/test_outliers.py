@@ -96,6 +96,11 @@ def test_scores_ignore_padding_and_thresholds_are_of_others(
     for count, text in enumerate(shown, 1):
         rest = [score for i, score in zip(calibrating, scores, strict=True) if i not in order[:count]]
         assert text == (f"{threshold(np.sort(np.array(rest, np.float32)), 0.01):.3g}" if rest else "none")
+    # Of ten and more scores, one far above the others names an image that its distance does not.
+    scores = np.where(np.arange(12) == 2, 40, np.linspace(1, 2, 12)).astype(np.float32)
+    warning, page = find_outliers(features_of(MODELS["memory"], images, ram), np.arange(12), scores, 0)
+    assert {*re.findall(r"/good/(\d+).png", warning)} == {"2", "5"}
+    assert "would be about 2, not 40" in warning
     # Where it alone calibrates, nothing is known without it.
     assert "threshold" not in find_outliers(features_of(MODELS["memory"], images, ram), np.array([5]), scores[:1], 0)[0]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from stpm.method import outliers
-from stpm.method.outliers import lies_far, neighbour_distances, score_images
+from stpm.method.calibration import count_far, spreads_above
+from stpm.method.outliers import neighbour_distances, score_images
 
 
 def plain(
@@ -69,8 +70,8 @@ def test_three_images_with_a_like_defect_do_not_hide_each_other(rng: np.random.G
         descriptors[image, image % 5] = torch.tensor([60.0, -40, 9, 30]) + 0.01 * image
     scores = score_images(neighbour_distances(descriptors, torch.ones(40, 5, dtype=torch.bool), 0))
     assert {*scores.argsort(descending=True)[:3].tolist()} == {3, 17, 30}
-    assert lies_far(scores)[[3, 17, 30]].all()
-    assert not lies_far(scores[:9]).any()
+    assert count_far(spreads_above(scores.numpy())) == 3
+    assert count_far(spreads_above(scores[:9].numpy())) == 0
 
 
 @pytest.mark.parametrize("odd", [0, 1])
@@ -86,7 +87,12 @@ def test_a_score_is_the_mean_of_the_largest_quarter_and_few_lie_far() -> None:
     assert score_images(torch.tensor([[1.0, 9, 2, 5, 3, 4, 7, 8], [0, 0, 0, 0, 0, 0, 0, 4]])).tolist() == [8.5, 2.0]
     assert score_images(torch.tensor([[3.0, 1], [2, 5]])).tolist() == [3.0, 5.0]
     # None of an even spread lies far.
-    spread = torch.linspace(1, 2, 40)
-    assert not lies_far(spread).any()
-    assert not lies_far(torch.ones(40)).any()
-    assert lies_far(torch.cat([spread, torch.tensor([2.5, 9.0])])).tolist() == [False] * 41 + [True]
+    spread = np.linspace(1, 2, 40, dtype=np.float32)
+    assert count_far(spreads_above(spread)) == 0
+    assert not spreads_above(np.zeros(40, np.float32)).any()
+    # The upper quartile is one spread above the median, whose sign does not matter.
+    for middle in (1.5, 0, -1.5):
+        found = spreads_above(np.append(spread - 1.5, [1, 7.5]).astype(np.float32) + np.float32(middle))
+        assert found[-1] == found.max()
+        np.testing.assert_allclose(np.quantile(found, [0.5, 0.75]), [0, 1], atol=1e-5)
+        assert count_far(found) == 1
