@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, max_po
 from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
-from stpm.method.backbones import Backbone
+from stpm.method.backbones import Backbone, cast_weights
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Content, Preprocessing, unpack
 from stpm.method.recipe import Precision
@@ -69,10 +69,11 @@ class Teacher:
             self._freeze(backbone if view.levels == backbone.levels else backbone.cut(view.levels))
             for view in self.views
         ]
-        self.backbones = [self._compile(each, view) for each, view in zip(frozen, self.views, strict=True)]
-        if any(isinstance(each, Backbone) for each in self.backbones):
+        self.backbones = [*map(self._compile, frozen, self.views)]
+        if backend == "openvino" and any(isinstance(each, Backbone) for each in self.backbones):
             # If OpenVINO cannot compile the teacher in a view, PyTorch computes all of it, and the student.
-            self.backbones, self.backend = [*frozen], "pytorch"
+            self.backend = "pytorch"
+            self.backbones = [*map(self._compile, frozen, self.views)]
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +106,8 @@ class Teacher:
                 return OpenVinoBackbone(backbone, *view.input_shape, self.precision)
             except ModelError as error:
                 log.warning("%s; PyTorch computes it instead", error)
+        elif self.precision == "bfloat16":
+            cast_weights(backbone)
         return backbone
 
     def compute(self, backbone: FeatureExtractor, inputs: Tensor) -> list[Tensor]:
