@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
 from stpm.method.backbones import Backbone, cast_weights
+from stpm.method.device import send
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Content, Preprocessing, unpack
 from stpm.method.recipe import Precision
@@ -83,12 +84,12 @@ class Teacher:
 
     def inputs(self, images: Tensor) -> Inputs:
         """Make the inputs of each view of images of model size: from (B, H, W, 3) uint8 RGB."""
-        images = images.to(self.device, non_blocking=True)
+        images = send(images, self.device)
         return tuple(self._input(images, view) for view in self.views)
 
     def student_inputs(self, images: Tensor) -> Tensor:
         """Make the inputs of the student's view alone."""
-        return self._input(images.to(self.device, non_blocking=True), self.views[-1])
+        return self._input(send(images, self.device), self.views[-1])
 
     def _input(self, images: Tensor, view: View) -> Tensor:
         return self.preprocessing.normalise(_shrink(images, *view.input_shape))
@@ -145,11 +146,11 @@ class Teacher:
         height, width = self.preprocessing.input_shape
         if (content.boxes == (0, 0, width, height)).all() and not any(content.inspected):
             return [None] * len(shapes)
-        boxes = torch.from_numpy(content.boxes).to(self.device)
+        boxes = send(torch.from_numpy(content.boxes), self.device)
         masks = [content_mask(boxes, (height, width), shape) for shape in shapes]
         for i, inspected in enumerate(content.inspected):
             for mask in masks if inspected else ():
-                mask[i] = inspected_positions(inspected, (height, width), spatial_shape(mask))
+                mask[i] = inspected_positions(inspected, (height, width), spatial_shape(mask), self.device)
         return list(masks)
 
 
@@ -172,19 +173,21 @@ def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int
 
 # The same few masks are asked for again and again: one for each level, of each image of a category.
 @lru_cache(maxsize=64)
-def inspected_positions(inspected: bytes, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def inspected_positions(
+    inspected: bytes, input_shape: tuple[int, int], shape: tuple[int, int], device: torch.device
+) -> Tensor:
     """Mark the positions of a pyramid level at least half of whose pixels are inspected: (h, w) bool of this shape.
 
     Where none is near, those with any inspected pixel are marked: each such pixel has a marked position beside it.
     `inspected` is as in `Content`.
 
-    >>> inspected_positions(bytes([0b11101100]), (2, 4), (1, 2)).int()
+    >>> inspected_positions(bytes([0b11101100]), (2, 4), (1, 2), torch.device("cpu")).int()
     tensor([[1, 0]], dtype=torch.int32)
     """
     pixels = torch.from_numpy(unpack(inspected, input_shape))
     share = adaptive_avg_pool2d(pixels[None].float(), shape)
     is_thin = max_pool2d(share, 3, stride=1, padding=1) < 0.5
-    return ((share >= 0.5) | (is_thin & (share > 0)))[0]
+    return send(((share >= 0.5) | (is_thin & (share > 0)))[0], device)
 
 
 def _inside(start: Tensor, stop: Tensor, length: int, positions: int) -> Tensor:

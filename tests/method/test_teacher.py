@@ -1,10 +1,11 @@
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stpm.detector import Detector
 from stpm.errors import ModelError
@@ -70,17 +71,28 @@ def test_gradients_of_a_depthwise_convolution_are_those_of_float32_and_others_ar
         torch.testing.assert_close(convolution.weight.grad, expected, rtol=0.02, atol=tolerance)
 
 
+class Call(NamedTuple):
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def device_types(self) -> set[str]:
+        """Return the devices of the tensors that it takes, but numbers, and the one that its result is wanted on."""
+        tensors = [each for each in tree_leaves((self.arguments, self.options)) if isinstance(each, Tensor)]
+        wanted = self.options.get("device")
+        return {each.device.type for each in tensors if each.ndim} | ({torch.device(wanted).type} if wanted else set())
+
+
 class Operators(TorchDispatchMode):
-    """Calls of operators, by name, with their arguments."""
+    """Collects the calls of operators."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.calls.append((func.overloadpacket.__name__, args, kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.calls.append(Call(func.overloadpacket.__name__, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -112,5 +124,5 @@ def test_weights_are_cast_once_to_what_autocast_casts_them_to_in_each_pass(
         with torch.no_grad(), Operators() as operators:
             found = frozen.compute(backbone, images)
         assert all(map(torch.equal, found, expected))
-        calls = [args[0].data_ptr() for name, args, _ in operators.calls if name == "_to_copy"]
+        calls = [call.arguments[0].data_ptr() for call in operators.calls if call.name == "_to_copy"]
         assert sum(pointer in weights for pointer in calls) == casts
