@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, NoReturn, overload
 
@@ -29,7 +29,7 @@ from stpm.method.anomaly_maps import AnomalyMaps, cut_out, select_maps
 from stpm.method.arithmetic import choose_arithmetic, warn_of_other_arithmetic
 from stpm.method.backbones import StateDict, load_backbone
 from stpm.method.calibration import Calibration
-from stpm.method.device import Fetched, device_capabilities, fetch, is_out_of_memory, local_device
+from stpm.method.device import device_capabilities, fetch, is_out_of_memory, local_device
 from stpm.method.fusion import Distances, fuse_levels, fuse_views, map_weights, on_one_grid, soft_maximum, upsample
 from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
@@ -50,10 +50,6 @@ if TYPE_CHECKING:
     from stpm.metrics.category_metrics import CategoryMetrics
 
 log = logging.getLogger(__name__)
-
-# The last step of a batch, which makes its results, and the one before, see `Detector.score_inputs`.
-Finish = Callable[[], list[Result]]
-Launched = Callable[[], Finish]
 
 
 def _refuse(*_: object) -> NoReturn:
@@ -246,7 +242,7 @@ class Detector:
         request: Request,
         features: Sequence[Tensor] = (),
         inspected: Sequence[bytes] = (),
-    ) -> Launched:
+    ) -> Callable[[], Callable[[], list[Result]]]:
         """Launch a batch of images of these sizes (width, height), as `distances` has them: `score_inputs(...)()()`.
 
         What a device computes is copied twice: the numbers that decide, then what images have to show. The function
@@ -256,78 +252,72 @@ class Detector:
         """
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
-        content = self.preprocessing.content(sizes, inspected)
+        calibration, record, preprocessing = self.calibration, self.record, self.preprocessing
+        content = preprocessing.content(sizes, inspected)
         features = features or self.teacher(inputs)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
-        scalars = fetch([part.scalars(self.recipe.top_fraction) for part in maps])
-        return partial(self._decide, self.calibration, sizes, request, features, maps, scalars)
+        fetched = fetch([part.scalars(self.recipe.top_fraction) for part in maps])
 
-    def _decide(
-        self,
-        calibration: Calibration,
-        sizes: Sequence[tuple[int, int]],
-        request: Request,
-        features: Sequence[Tensor],
-        maps: Sequence[AnomalyMaps],
-        fetched: Fetched,
-    ) -> Finish:
-        preprocessing, seed, model_id = self.preprocessing, self.recipe.seed, self.record.model_id
-        scalars = np.concatenate(fetched())
-        max_pixels, totals = scalars[:, [0, 2]].astype(np.float32).T
-        peaks = [divmod(int(at), preprocessing.width)[::-1] for at in scalars[:, 1]]
-        boxes = [box for part in maps for box in part.content.boxes.tolist()]
-        p_values = calibration.p_values(totals)
-        threshold = np.float32(self.record.threshold(calibration.scores, request.false_alarm_rate))
-        pixel_threshold = calibration.pixel_threshold(request.region_rate)
-        is_anomalous, has_regions = totals > threshold, max_pixels > np.float32(pixel_threshold)
-        is_kept, every = has_regions | request.maps, np.ones_like(is_anomalous)
-        is_drawn = {"all": every, "anomalous": is_anomalous, "none": ~every}[request.heatmaps]
-        drawn = [calibration.scale.levels(each) for each in select_maps(maps, is_drawn)]
-        described = [
-            peak_features(self.memory, [level[i] for level in features], peaks[i], boxes[i], preprocessing.input_shape)
-            for i in np.flatnonzero(is_anomalous).tolist()
-        ]
-        vectors = [each[None] for each in described if each is not None]
-        shown = fetch([*select_maps(maps, is_kept), *drawn, *vectors])
+        def decide() -> Callable[[], list[Result]]:
+            scalars = np.concatenate(fetched())
+            max_pixels, totals = scalars[:, [0, 2]].astype(np.float32).T
+            peaks = [divmod(int(at), preprocessing.width)[::-1] for at in scalars[:, 1]]
+            boxes, shape = content.boxes.tolist(), preprocessing.input_shape
+            p_values = calibration.p_values(totals)
+            threshold = np.float32(record.threshold(calibration.scores, request.false_alarm_rate))
+            pixel_threshold = calibration.pixel_threshold(request.region_rate)
+            is_anomalous, has_regions = totals > threshold, max_pixels > np.float32(pixel_threshold)
+            is_kept, every = has_regions | request.maps, np.ones_like(is_anomalous)
+            is_drawn = {"all": every, "anomalous": is_anomalous, "none": ~every}[request.heatmaps]
+            drawn = [calibration.scale.levels(each) for each in select_maps(maps, is_drawn)]
+            described = [
+                peak_features(self.memory, [level[i] for level in features], peaks[i], boxes[i], shape)
+                for i in np.flatnonzero(is_anomalous).tolist()
+            ]
+            vectors = [each[None] for each in described if each is not None]
+            shown = fetch([*select_maps(maps, is_kept), *drawn, *vectors])
 
-        def finish() -> list[Result]:
-            copies, flags = chain.from_iterable(shown()), (is_kept, is_drawn, is_anomalous)
-            model_maps, levels, looks = (iter([*islice(copies, int(each.sum()))]) for each in flags)
-            results = []
-            for i, (width, height) in enumerate(sizes):
-                left, top, *_ = boxes[i]
-                of_views: list[float] = scalars[i, 3:].tolist()
-                fine, coarse, *_ = (*of_views, None, None)
-                model_map = cut_out(next(model_maps), boxes[i]) if is_kept[i] else np.zeros((0, 0), np.float32)
-                looks_like = next(looks, None) if is_anomalous[i] else None
-                found = (model_map, pixel_threshold, preprocessing, width, height)
-                regions, region_count, area = find_regions(*found) if has_regions[i] else ((), 0, 0.0)
-                results.append(
-                    Result(
-                        score=float(totals[i]),
-                        fine_score=fine,
-                        coarse_score=coarse,
-                        p_value=float(p_values[i]),
-                        is_anomalous=bool(is_anomalous[i]),
-                        threshold=float(threshold),
-                        peak=preprocessing.to_original(peaks[i][0] - left, peaks[i][1] - top, width, height),
-                        peak_features=looks_like if looks_like is not None and looks_like.any() else None,
-                        pixel_threshold=pixel_threshold,
-                        area=area,
-                        region_count=region_count,
-                        regions=regions,
-                        size=(width, height),
-                        seen=preprocessing.seen_box(width, height),
-                        model_map=model_map,
-                        heatmap_levels=cut_out(next(levels), boxes[i]) if is_drawn[i] else np.zeros((0, 0), np.uint8),
-                        heatmap_scale=calibration.scale,
-                        seed=seed,
-                        model_id=model_id,
+            def finish() -> list[Result]:
+                copies, flags = chain.from_iterable(shown()), (is_kept, is_drawn, is_anomalous)
+                model_maps, levels, looks = (iter([*islice(copies, int(each.sum()))]) for each in flags)
+                results = []
+                for i, (width, height) in enumerate(sizes):
+                    left, top, *_ = boxes[i]
+                    of_views: list[float] = scalars[i, 3:].tolist()
+                    fine, coarse, *_ = (*of_views, None, None)
+                    model_map = cut_out(next(model_maps), boxes[i]) if is_kept[i] else np.zeros((0, 0), np.float32)
+                    grey = cut_out(next(levels), boxes[i]) if is_drawn[i] else np.zeros((0, 0), np.uint8)
+                    looks_like = next(looks, None) if is_anomalous[i] else None
+                    found = (model_map, pixel_threshold, preprocessing, width, height)
+                    regions, region_count, area = find_regions(*found) if has_regions[i] else ((), 0, 0.0)
+                    results.append(
+                        Result(
+                            score=float(totals[i]),
+                            fine_score=fine,
+                            coarse_score=coarse,
+                            p_value=float(p_values[i]),
+                            is_anomalous=bool(is_anomalous[i]),
+                            threshold=float(threshold),
+                            peak=preprocessing.to_original(peaks[i][0] - left, peaks[i][1] - top, width, height),
+                            peak_features=looks_like if looks_like is not None and looks_like.any() else None,
+                            pixel_threshold=pixel_threshold,
+                            area=area,
+                            region_count=region_count,
+                            regions=regions,
+                            size=(width, height),
+                            seen=preprocessing.seen_box(width, height),
+                            model_map=model_map,
+                            heatmap_levels=grey,
+                            heatmap_scale=calibration.scale,
+                            seed=record.recipe.seed,
+                            model_id=record.model_id,
+                        )
                     )
-                )
-            return results
+                return results
 
-        return finish
+            return finish
+
+        return decide
 
     @torch.no_grad()
     def distances(self, inputs: Inputs, content: Content, features: Sequence[Tensor] = ()) -> Distances:

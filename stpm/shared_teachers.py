@@ -21,10 +21,7 @@ from stpm.options import Backend
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a teacher is made from: its name and levels in the recipe, the SHA-256 of its weights, and what computes it.
-
-    Detectors whose specs are equal share one teacher.
-    """
+    """What a teacher is made from: name and levels in the recipe, its weights' SHA-256, and what computes it."""
 
     name: str
     levels: tuple[int, ...]
@@ -57,8 +54,7 @@ _teachers: WeakValueDictionary[TeacherSpec, Teacher] = WeakValueDictionary()
 
 def share_teacher(spec: TeacherSpec, load_backbone: Callable[[], Backbone]) -> Teacher:
     """Return the teacher of another detector of this process whose spec is equal, or else make one."""
-    teacher = _teachers.get(spec)
-    if not teacher:
+    if not (teacher := _teachers.get(spec)):
         teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend, spec.views)
         _teachers[spec] = teacher
     return teacher

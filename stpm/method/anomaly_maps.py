@@ -96,16 +96,6 @@ class AnomalyMaps:
         means = [each.double().where(is_top, 0.0).sum(dim=1) / numbers[:, 0] for each in read]
         return torch.stack([values[:, 0].double(), peak.double(), *means], dim=1)
 
-    def scores(self, top_fraction: float) -> list[float]:
-        """Return the score of each image, see `scalars`."""
-        scores: list[float] = self.scalars(top_fraction)[:, 2].tolist()
-        return scores
-
-    def contents(self) -> list[Float32Array]:
-        """Return the map of each image's content box, (h, w) float32, on the host."""
-        totals = self.total.cpu().numpy()
-        return [cut_out(total, box) for total, box in zip(totals, self.content.boxes.tolist(), strict=True)]
-
     def inspected_values(self) -> Float32Array:
         """Return the values of all inspected pixels of all images, (P,) float32 on the host."""
         values: Float32Array = self.total[~self.total.isnan()].cpu().numpy()

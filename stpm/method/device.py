@@ -95,9 +95,8 @@ def fetch(tensors: Sequence[Tensor]) -> Fetched:
     if all(tensor.device.type == "cpu" for tensor in tensors):
         arrays = [tensor.numpy() for tensor in tensors]
         return lambda: arrays
-    pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for to, tensor in zip(pinned, tensors, strict=True):
-        to.copy_(tensor, non_blocking=True)
+    empty = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    pinned = [to.copy_(tensor, non_blocking=True) for to, tensor in zip(empty, tensors, strict=True)]
     copied = torch.cuda.current_stream().record_event()
 
     def arrive() -> list[npt.NDArray[Any]]:

@@ -66,10 +66,8 @@ class Teacher:
         self.device = device
         self.precision = precision
         self.backend: Backend = backend
-        frozen = [
-            self._freeze(backbone if view.levels == backbone.levels else backbone.cut(view.levels))
-            for view in self.views
-        ]
+        cut = (backbone if view.levels == backbone.levels else backbone.cut(view.levels) for view in self.views)
+        frozen = [to_device(each, device).eval().requires_grad_(False) for each in cut]
         self.backbones = [*map(self._compile, frozen, self.views)]
         if backend == "openvino" and any(isinstance(each, Backbone) for each in self.backbones):
             # If OpenVINO cannot compile the teacher in a view, PyTorch computes all of it, and the student.
@@ -97,9 +95,6 @@ class Teacher:
     def compile(self, backbone: Backbone) -> FeatureExtractor:
         """Prepare another backbone of the same architecture, a student in eval mode, to be computed as this one is."""
         return self._compile(to_device(backbone, self.device), self.views[-1])
-
-    def _freeze(self, backbone: Backbone) -> Backbone:
-        return to_device(backbone, self.device).eval().requires_grad_(False)
 
     def _compile(self, backbone: Backbone, view: View) -> FeatureExtractor:
         if self.backend == "openvino":

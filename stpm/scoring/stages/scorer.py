@@ -49,7 +49,6 @@ _COPIED = (
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
-
 # The columns of DECODED that the scorer reads, beside the pixels.
 _READ = ("uri", "category", "width", "height", "inspected", "error_kind", "error_message")
 
@@ -95,6 +94,7 @@ class Scorer:
 
         self._options = options
         self._output = output
+        self._request = Request(options.false_alarm_rate, options.region_rate, output.heatmaps, output.raw_maps)
         self._progress = progress
         self._idle_since = 0.0
         self._broken: DeviceError | None = None
@@ -255,7 +255,7 @@ class Scorer:
         yield []
         finishes.append(launched.pop()())
         yield []
-        results = [result for finish in finishes for result in finish()]
+        results = chain.from_iterable(finish() for finish in finishes)
         yield [each if isinstance(each, ImageError) else self._columns(each) for each in results]
 
     def _launch(
@@ -269,9 +269,7 @@ class Scorer:
             return lambda: lambda: failed
         sizes = [(image["width"], image["height"]) for image in images]
         inspected = [image["inspected"] for image in images]
-        rates = self._options.false_alarm_rate, self._options.region_rate
-        request = Request(*rates, self._output.heatmaps, self._output.raw_maps)
-        return detector.score_inputs(inputs, sizes, request, features, inspected)
+        return detector.score_inputs(inputs, sizes, self._request, features, inspected)
 
     def _columns(self, result: Result) -> dict[str, Any]:
         drawn = self._output.masks and result.region_count
@@ -302,9 +300,6 @@ def overlap(batches: Iterable[Steps]) -> Steps:
     """Take the steps of batches in turn: the first of each before the last of the batch before it.
 
     While a GPU computes what the first step of a batch launches, the host goes on with the other one.
-
-    >>> list(overlap(map(iter, [[[1], [2], [3]], [[4], [5], [6]]])))
-    [[1], [2], [4], [3], ...]
     """
     last: Steps = iter(())
     for steps in batches:
