@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
 from stpm.jobs.models import run_models
 from stpm.method.arithmetic import Arithmetic
-from stpm.method.device import Fetched, fetch
+from stpm.method.device import fetch
 from stpm.method.recipe import PRESETS, Recipe, StudentKind
 from stpm.method.teacher import Inputs, Teacher
 from stpm.method.teacher_weights import load_teacher_weights
@@ -160,7 +160,7 @@ def test_a_batch_waits_for_no_copy_to_a_device(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(Teacher, "compute", lambda _, backbone, inputs: backbone(inputs))
 
-    def fetch(tensors: list[torch.Tensor]) -> Fetched:
+    def fetch(tensors: list[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
         arrays = [np.zeros(each.shape, str(each.dtype).removeprefix("torch.")) for each in tensors]
         if tensors[0].dtype == torch.float64:
             arrays[0][:, 2] = 1000.0, -1000.0, -1000.0

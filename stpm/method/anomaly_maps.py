@@ -90,7 +90,8 @@ class AnomalyMaps:
         read = [values]
         if len(self.views):
             rows, columns = (send(self._positions(axis), at.device) for axis in (0, 1))
-            row, column = rows.gather(1, at // self._shape[1]), columns.gather(1, at % self._shape[1])
+            width = self.total.shape[2]
+            row, column = rows.gather(1, at // width), columns.gather(1, at % width)
             image = torch.arange(len(at), device=at.device)[:, None]
             read += [view[image, row, column] for view in self.views]
         means = [each.double().where(is_top, 0.0).sum(dim=1) / numbers[:, 0] for each in read]
@@ -101,13 +102,9 @@ class AnomalyMaps:
         values: Float32Array = self.total[~self.total.isnan()].cpu().numpy()
         return values
 
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return self.total.shape[1], self.total.shape[2]
-
     def _positions(self, axis: int) -> Tensor:
         """Return the position of the views' maps for each row or column of the input: (B, H) or (B, W) int64."""
-        sides = self._shape[axis], self.views.shape[2 + axis]
+        sides = self.total.shape[1 + axis], self.views.shape[2 + axis]
         spans = self.content.boxes[:, [1 - axis, 3 - axis]].tolist()
         return torch.from_numpy(np.stack([nearest_positions(start, stop, *sides) for start, stop in spans]))
 

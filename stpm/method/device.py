@@ -14,9 +14,6 @@ from torch import Tensor
 from stpm.errors import DeviceError, one_line
 from stpm.method.arithmetic import Capabilities, cpu_capabilities
 
-# Waits for copies from a device, and returns them, see `fetch`.
-Fetched = Callable[[], list[npt.NDArray[Any]]]
-
 # In messages of a plain RuntimeError: of a CPU's allocator, of CUDA when it starts on a full GPU, of cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 
@@ -87,7 +84,7 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return send(torch.tensor(values, dtype=torch.float32), device)
 
 
-def fetch(tensors: Sequence[Tensor]) -> Fetched:
+def fetch(tensors: Sequence[Tensor]) -> Callable[[], list[npt.NDArray[Any]]]:
     """Begin to copy tensors of one device to the host; those of a CPU are not copied.
 
     Return a function that waits for all of them at once, but for nothing that the device has to compute after them.
