@@ -76,7 +76,7 @@ def score(store: ModelStore, model: Model, category: mvtec.Category, way: str) -
         files = [(storage.read(image.uri), None) for image in category.test[start : start + _BATCH]]
         compared = compare(detector, files)
         maps = detector.anomaly_maps(compared.distances, compared.content)
-        scores += [score for part in maps for score in part.scores(recipe.top_fraction)]
+        scores += [score for part in maps for score in part.scalars(recipe.top_fraction)[:, 2].tolist()]
     return scores
 
 

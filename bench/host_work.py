@@ -77,7 +77,7 @@ class Stubs:
         return Distances((), tuple(self._distances))
 
     def fetch(self, tensors: Sequence[Tensor]) -> Any:
-        """Count as `stpm.method.device.fetch` waits: once."""
+        """Count as the function that `stpm.method.device.fetch` returns waits: once."""
         self.waits += 1
         self.bytes += sum(each.nbytes for each in tensors)
         return self._fetch(tensors) if self._fetch else []

@@ -30,7 +30,7 @@ from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.train_student import train_student
 from stpm.fitting.training_images import load_images, preprocessing_for
 from stpm.method import backbones
-from stpm.method.anomaly_maps import Float32Array
+from stpm.method.anomaly_maps import Float32Array, cut_out
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.backbones import StateDict
 from stpm.method.device import device_capabilities
@@ -160,7 +160,7 @@ def score_features(detector: Detector, features: TeacherFeatures, images: Indice
         content = features.images.content[batch]
         levels = [level.float() for level in features(batch)]
         maps = detector.anomaly_maps(detector.distances(features.inputs(batch), content, levels), content)
-        scores += [score for part in maps for score in part.scores(detector.recipe.top_fraction)]
+        scores += [score for part in maps for score in part.scalars(detector.recipe.top_fraction)[:, 2].tolist()]
     return scores
 
 
@@ -216,8 +216,13 @@ def measure(compared: ComparedImages, normal: ComparedImages, detector: Detector
     for start in range(0, len(compared.truth), _BATCH):
         part = slice(start, start + _BATCH)
         maps = changed.anomaly_maps(distances.select(part), compared.content[part], scales)
-        scores += [score for each in maps for score in each.scores(varied.top_fraction)]
-        counts += count_pixels([total for each in maps for total in each.contents()], compared.truth[part])
+        scores += [score for each in maps for score in each.scalars(varied.top_fraction)[:, 2].tolist()]
+        cuts = [
+            cut_out(total, box)
+            for each in maps
+            for total, box in zip(each.total.numpy(), each.content.boxes.tolist(), strict=True)
+        ]
+        counts += count_pixels(cuts, compared.truth[part])
     values: list[float | None] = [float(roc_auc_score(compared.is_defect, scores)), None, None]
     if any(mask.any() for mask in compared.truth):
         values[1:] = counts.rank_metrics()["auroc"], counts.aupro(AUPRO_LIMITS["pixel_aupro"])

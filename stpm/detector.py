@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, NoReturn, overload
-from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -20,109 +19,37 @@ from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
-from stpm.data.decoding import Decoded, Pixels, decode
+from stpm.data.decoding import Decoded, decode
 from stpm.data.mvtec import read_tests
 from stpm.data.pictures import Picture
 from stpm.data.rois import read_roi
 from stpm.errors import ConfigError, ImageError, ModelError, one_line
 from stpm.lease import hold_lease
-from stpm.method.anomaly_maps import AnomalyMaps, Flags, Float32Array, cut_out, select_maps
-from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
-from stpm.method.backbones import Backbone, StateDict, load_backbone
+from stpm.method.anomaly_maps import AnomalyMaps, cut_out, select_maps
+from stpm.method.arithmetic import choose_arithmetic, warn_of_other_arithmetic
+from stpm.method.backbones import StateDict, load_backbone
 from stpm.method.calibration import Calibration
 from stpm.method.device import device_capabilities, fetch, is_out_of_memory, local_device
-from stpm.method.fusion import (
-    Distances,
-    fuse_levels,
-    fuse_views,
-    map_weights,
-    on_one_grid,
-    soft_maximum,
-    upsample,
-)
+from stpm.method.fusion import Distances, fuse_levels, fuse_views, map_weights, on_one_grid, soft_maximum, upsample
 from stpm.method.loss import distance_map
 from stpm.method.memory_bank import MemoryBank
 from stpm.method.peak_features import peak_features
 from stpm.method.preprocessing import Content, Preprocessing
-from stpm.method.recipe import Precision, Recipe
+from stpm.method.recipe import Recipe
 from stpm.method.regions import find_regions
 from stpm.method.roi import Roi
-from stpm.method.scales import DistanceScale, Floats, HeatmapScale
+from stpm.method.scales import DistanceScale, Floats
 from stpm.method.teacher import FeatureExtractor, Inputs, Teacher, spatial_shape
-from stpm.method.views import View, choose_views, levels_of_teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import Model, ModelStore
-from stpm.options import Backend, WantedBackend
+from stpm.options import WantedBackend
 from stpm.result import Request, Result
+from stpm.shared_teachers import TeacherSpec, load_teacher
 
 if TYPE_CHECKING:
     from stpm.metrics.category_metrics import CategoryMetrics
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """What a teacher is made from: its name and levels in the recipe, the SHA-256 of its weights, and what computes it.
-
-    Detectors whose specs are equal share one teacher.
-    """
-
-    name: str
-    levels: tuple[int, ...]
-    digest: str
-    preprocessing: Preprocessing
-    views: tuple[View, ...]
-    precision: Precision
-    device: torch.device
-    backend: Backend
-
-    @classmethod
-    def of_model(cls, record: ModelRecord, device: torch.device, arithmetic: Arithmetic) -> TeacherSpec:
-        """Return the spec with which a stored model scores."""
-        precision = arithmetic.precision_to_score(record.precision)
-        digest, preprocessing = record.teacher_digest, record.preprocessing
-        return cls._make(record.recipe, digest, preprocessing, precision, device, arithmetic.backend)
-
-    @classmethod
-    def to_fit(
-        cls, recipe: Recipe, digest: str, preprocessing: Preprocessing, device: torch.device, arithmetic: Arithmetic
-    ) -> TeacherSpec:
-        """Return the spec with which a model is fitted."""
-        precision = arithmetic.precision_to_fit(recipe.precision)
-        return cls._make(recipe, digest, preprocessing, precision, device, arithmetic.backend)
-
-    @classmethod
-    def _make(
-        cls,
-        recipe: Recipe,
-        digest: str,
-        preprocessing: Preprocessing,
-        precision: Precision,
-        device: torch.device,
-        backend: Backend,
-    ) -> TeacherSpec:
-        levels, views = levels_of_teacher(recipe), choose_views(recipe, preprocessing)
-        shared = dataclasses.replace(preprocessing, roi=None)
-        return cls(recipe.teacher, levels, digest, shared, views, precision, device, backend)
-
-
-# Each lives as long as a detector that uses it.
-_teachers: WeakValueDictionary[TeacherSpec, Teacher] = WeakValueDictionary()
-
-
-def share_teacher(spec: TeacherSpec, load_backbone: Callable[[], Backbone]) -> Teacher:
-    """Return the teacher of another detector of this process whose spec is equal, or else make one."""
-    teacher = _teachers.get(spec)
-    if not teacher:
-        teacher = Teacher(load_backbone(), spec.preprocessing, spec.device, spec.precision, spec.backend, spec.views)
-        _teachers[spec] = teacher
-    return teacher
-
-
-def load_teacher(store: ModelStore, spec: TeacherSpec) -> Teacher:
-    """Load a teacher from a store, unless a detector of this process has it; raise ModelError if that fails."""
-    return share_teacher(spec, lambda: store.load_teacher(spec.name, spec.levels, spec.digest))
 
 
 def _refuse(*_: object) -> NoReturn:
@@ -294,7 +221,7 @@ class Detector:
                 with _no_memory_as_model_error(), torch.inference_mode():
                     inputs = self.teacher.inputs(torch.from_numpy(np.stack([each.pixels for each in decoded])))
                     inspected = [each.inspected for each in decoded]
-                    scored = iter(self.score_inputs(inputs, sizes, request, inspected=inspected))
+                    scored = iter(self.score_inputs(inputs, sizes, request, inspected=inspected)()())
             for image, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, ImageError):
                     yield Result(picture=image, error=outcome)
@@ -315,97 +242,82 @@ class Detector:
         request: Request,
         features: Sequence[Tensor] = (),
         inspected: Sequence[bytes] = (),
-    ) -> list[Result]:
-        """Score a batch of images of these sizes (width, height), as `distances` has them.
+    ) -> Callable[[], Callable[[], list[Result]]]:
+        """Launch a batch of images of these sizes (width, height), as `distances` has them: `score_inputs(...)()()`.
 
-        What a device computes is copied twice: the numbers that decide, then what images have to show.
+        What a device computes is copied twice: the numbers that decide, then what images have to show. The function
+        that is returned waits for the first, launches the second, and returns one that waits for it and makes the
+        results. This last one holds neither the detector nor a GPU's memory: the next batch may have both.
         `inspected` is as in `stpm.method.preprocessing.Content`.
         """
         if not self.calibration:
             raise ModelError("this detector is not calibrated; use one of stpm.fit or stpm.load")
-        calibration, preprocessing = self.calibration, self.preprocessing
+        calibration, record, preprocessing = self.calibration, self.record, self.preprocessing
         content = preprocessing.content(sizes, inspected)
         features = features or self.teacher(inputs)
         maps = self.anomaly_maps(self.distances(inputs, content, features), content)
-        scalars = np.concatenate(fetch([part.scalars(self.recipe.top_fraction) for part in maps]))
-        max_pixels, totals = scalars[:, [0, 2]].astype(np.float32).T
-        peaks = [divmod(int(at), preprocessing.width)[::-1] for at in scalars[:, 1]]
-        p_values = calibration.p_values(totals)
-        threshold = np.float32(self.record.threshold(calibration.scores, request.false_alarm_rate))
-        pixel_threshold = calibration.pixel_threshold(request.region_rate)
-        is_anomalous, has_regions = totals > threshold, max_pixels > np.float32(pixel_threshold)
-        is_drawn = {"all": np.ones_like(is_anomalous), "anomalous": is_anomalous, "none": np.zeros_like(is_anomalous)}
-        shown = self._show(
-            maps,
-            features,
-            peaks,
-            has_regions | request.maps,
-            is_drawn[request.heatmaps],
-            is_anomalous,
-            calibration.scale,
-        )
-        results = []
-        for i, ((width, height), (model_map, levels, looks_like)) in enumerate(zip(sizes, shown, strict=True)):
-            left, top, *_ = content.boxes[i].tolist()
-            of_views: list[float] = scalars[i, 3:].tolist()
-            fine, coarse, *_ = (*of_views, None, None)
-            found = (model_map, pixel_threshold, preprocessing, width, height)
-            regions, region_count, area = find_regions(*found) if has_regions[i] else ((), 0, 0.0)
-            results.append(
-                Result(
-                    score=float(totals[i]),
-                    fine_score=fine,
-                    coarse_score=coarse,
-                    p_value=float(p_values[i]),
-                    is_anomalous=bool(is_anomalous[i]),
-                    threshold=float(threshold),
-                    peak=preprocessing.to_original(peaks[i][0] - left, peaks[i][1] - top, width, height),
-                    peak_features=looks_like,
-                    pixel_threshold=pixel_threshold,
-                    area=area,
-                    region_count=region_count,
-                    regions=regions,
-                    size=(width, height),
-                    seen=preprocessing.seen_box(width, height),
-                    model_map=model_map,
-                    heatmap_levels=levels,
-                    heatmap_scale=calibration.scale,
-                    seed=self.recipe.seed,
-                    model_id=self.record.model_id,
-                )
-            )
-        return results
+        fetched = fetch([part.scalars(self.recipe.top_fraction) for part in maps])
 
-    def _show(
-        self,
-        maps: Sequence[AnomalyMaps],
-        features: Sequence[Tensor],
-        peaks: Sequence[tuple[int, int]],
-        is_kept: Flags,
-        is_drawn: Flags,
-        is_described: Flags,
-        scale: HeatmapScale,
-    ) -> Iterator[tuple[Float32Array, Pixels, Float32Array | None]]:
-        """Yield the map, the heatmap's grey levels and the peak features of each image, empty where not wanted."""
-        boxes = [box for part in maps for box in part.content.boxes.tolist()]
-        shape = self.preprocessing.input_shape
-        vectors = [
-            peak_features(self.memory, [level[i] for level in features], peaks[i], boxes[i], shape)
-            for i in np.flatnonzero(is_described).tolist()
-        ]
-        kept, drawn = (list(select_maps(maps, flags)) for flags in (is_kept, is_drawn))
-        drawn = [scale.levels(each) for each in drawn]
-        fetched = fetch([*kept, *drawn, *(each for each in vectors if each is not None)])
-        totals = chain.from_iterable(fetched[: len(kept)])
-        levels = chain.from_iterable(fetched[len(kept) : len(kept) + len(drawn)])
-        described = iter(fetched[len(kept) + len(drawn) :])
-        for box, *flags in zip(boxes, is_kept, is_drawn, is_described, strict=True):
-            vector = next(described, None) if flags[2] else None
-            yield (
-                cut_out(next(totals), box) if flags[0] else np.zeros((0, 0), np.float32),
-                cut_out(next(levels), box) if flags[1] else np.zeros((0, 0), np.uint8),
-                vector if vector is not None and vector.any() else None,
-            )
+        def decide() -> Callable[[], list[Result]]:
+            scalars = np.concatenate(fetched())
+            max_pixels, totals = scalars[:, [0, 2]].astype(np.float32).T
+            peaks = [divmod(int(at), preprocessing.width)[::-1] for at in scalars[:, 1]]
+            boxes, shape = content.boxes.tolist(), preprocessing.input_shape
+            p_values = calibration.p_values(totals)
+            threshold = np.float32(record.threshold(calibration.scores, request.false_alarm_rate))
+            pixel_threshold = calibration.pixel_threshold(request.region_rate)
+            is_anomalous, has_regions = totals > threshold, max_pixels > np.float32(pixel_threshold)
+            is_kept, every = has_regions | request.maps, np.ones_like(is_anomalous)
+            is_drawn = {"all": every, "anomalous": is_anomalous, "none": ~every}[request.heatmaps]
+            drawn = [calibration.scale.levels(each) for each in select_maps(maps, is_drawn)]
+            described = [
+                peak_features(self.memory, [level[i] for level in features], peaks[i], boxes[i], shape)
+                for i in np.flatnonzero(is_anomalous).tolist()
+            ]
+            vectors = [each[None] for each in described if each is not None]
+            shown = fetch([*select_maps(maps, is_kept), *drawn, *vectors])
+
+            def finish() -> list[Result]:
+                copies, flags = chain.from_iterable(shown()), (is_kept, is_drawn, is_anomalous)
+                model_maps, levels, looks = (iter([*islice(copies, int(each.sum()))]) for each in flags)
+                results = []
+                for i, (width, height) in enumerate(sizes):
+                    left, top, *_ = boxes[i]
+                    of_views: list[float] = scalars[i, 3:].tolist()
+                    fine, coarse, *_ = (*of_views, None, None)
+                    model_map = cut_out(next(model_maps), boxes[i]) if is_kept[i] else np.zeros((0, 0), np.float32)
+                    grey = cut_out(next(levels), boxes[i]) if is_drawn[i] else np.zeros((0, 0), np.uint8)
+                    looks_like = next(looks, None) if is_anomalous[i] else None
+                    found = (model_map, pixel_threshold, preprocessing, width, height)
+                    regions, region_count, area = find_regions(*found) if has_regions[i] else ((), 0, 0.0)
+                    results.append(
+                        Result(
+                            score=float(totals[i]),
+                            fine_score=fine,
+                            coarse_score=coarse,
+                            p_value=float(p_values[i]),
+                            is_anomalous=bool(is_anomalous[i]),
+                            threshold=float(threshold),
+                            peak=preprocessing.to_original(peaks[i][0] - left, peaks[i][1] - top, width, height),
+                            peak_features=looks_like if looks_like is not None and looks_like.any() else None,
+                            pixel_threshold=pixel_threshold,
+                            area=area,
+                            region_count=region_count,
+                            regions=regions,
+                            size=(width, height),
+                            seen=preprocessing.seen_box(width, height),
+                            model_map=model_map,
+                            heatmap_levels=grey,
+                            heatmap_scale=calibration.scale,
+                            seed=record.recipe.seed,
+                            model_id=record.model_id,
+                        )
+                    )
+                return results
+
+            return finish
+
+        return decide
 
     @torch.no_grad()
     def distances(self, inputs: Inputs, content: Content, features: Sequence[Tensor] = ()) -> Distances:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
 from stpm.jobs.models import run_models
+from stpm.method.arithmetic import Arithmetic
 from stpm.method.device import fetch
 from stpm.method.recipe import PRESETS, Recipe, StudentKind
 from stpm.method.teacher import Inputs, Teacher
@@ -35,9 +36,11 @@ from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import Backend, Heatmaps, Integers, Names
 from stpm.result import Request
+from stpm.shared_teachers import TeacherSpec, load_teacher
 from tests.conftest import MODELS, REPOSITORY, SETTINGS, TINY
 from tests.datasets import make_category
 from tests.fitting.test_fit_category import contents, stored_model, task_in
+from tests.method.test_teacher import Operators
 from tests.scoring.stages.helpers import CATEGORIES, make_run, manifest, score
 
 # An image of a run.
@@ -137,7 +140,7 @@ def test_a_batch_is_copied_twice_and_gives_what_images_have_to_show(
     monkeypatch.setattr(detectors, "fetch", lambda tensors: (fetched.append(tensors), fetch(tensors))[1])
     request = Request(0.3, 0.3, heatmaps, maps=False)
     with torch.inference_mode():
-        results = nut.score_inputs(inputs, [(each.width, each.height) for each in decoded], request)
+        results = nut.score_inputs(inputs, [(each.width, each.height) for each in decoded], request)()()
     alarms, regions = sum(each.is_anomalous for each in results), sum(each.region_count > 0 for each in results)
     assert 0 < alarms < len(results)
     assert 0 < regions < len(results)
@@ -149,6 +152,40 @@ def test_a_batch_is_copied_twice_and_gives_what_images_have_to_show(
     for each in results:
         assert each.model_map.size == (each.region_count > 0) * 64 * 64
         assert (each.heatmap_levels.size > 0) == (heatmaps == "all" or (heatmaps == "anomalous" and each.is_anomalous))
+
+
+def test_a_batch_waits_for_no_copy_to_a_device(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is torch's `meta`, which computes nothing; where a copy waits for a GPU, its arguments show."""
+    device, store = torch.device("meta"), ModelStore(str(run / "models"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Teacher, "compute", lambda _, backbone, inputs: backbone(inputs))
+
+    def fetch(tensors: list[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+        arrays = [np.zeros(each.shape, str(each.dtype).removeprefix("torch.")) for each in tensors]
+        if tensors[0].dtype == torch.float64:
+            arrays[0][:, 2] = 1000.0, -1000.0, -1000.0
+        return lambda: arrays
+
+    monkeypatch.setattr(detectors, "fetch", fetch)
+    inspected = [b"", np.packbits(np.eye(64, dtype=bool)).tobytes(), b""]
+    for category in CATEGORIES:
+        model = store.load(category)
+        spec = TeacherSpec.of_model(model.record, device, Arithmetic())
+        spec = dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, resize="fit"))
+        detector = Detector.from_model(model, load_teacher(store, spec))
+        # The first batch also copies what is kept for all of them.
+        for _ in range(2):
+            with torch.no_grad(), Operators() as operators, monkeypatch.context() as patch:
+                # With a device, it would wait, too.
+                patch.setattr(torch, "tensor", lambda values, dtype=None, make=torch.tensor: make(values, dtype=dtype))
+                inputs = detector.teacher.inputs(torch.zeros(3, 64, 64, 3, dtype=torch.uint8))
+                sizes, request = [(64, 64), (64, 64), (40, 64)], Request(heatmaps="anomalous")
+                results = detector.score_inputs(inputs, sizes, request, inspected=inspected)()()
+        assert [each.is_anomalous for each in results] == [True, False, False]
+        sent = [call for call in operators.calls if len(call.device_types) > 1]
+        assert len(sent) > 3
+        assert all(call.name == "_to_copy" and call.options.get("non_blocking") for call in sent)
+        assert "_local_scalar_dense" not in {call.name for call in operators.calls}
 
 
 def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path, rng: np.random.Generator) -> None:

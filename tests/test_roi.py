@@ -29,7 +29,7 @@ from stpm.fitting.fit_categories import read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.jobs.fit import run_fit
 from stpm.line.feedback import add_good, read_marks
-from stpm.method.anomaly_maps import AnomalyMaps
+from stpm.method.anomaly_maps import AnomalyMaps, cut_out
 from stpm.method.preprocessing import Content, Preprocessing, Resize, unpack
 from stpm.method.recipe import Recipe
 from stpm.method.roi import Roi
@@ -301,10 +301,11 @@ def test_scores_of_maps_are_those_of_their_inspected_pixels(seed: int, share: fl
     assert len(whole.inspected_values()) == inside.sum()
     # What a device has computed wrongly does not pass for good.
     total[0, 5, 5] = rng.choice([np.inf, np.nan])
-    broken = AnomalyMaps.smooth(torch.from_numpy(total), views, content, sigma).scores(top)[0]
+    broken = AnomalyMaps.smooth(torch.from_numpy(total), views, content, sigma).scalars(top)[0, 2].item()
     assert broken > 1e20 or np.isnan(broken)
-    for cut, image, (left, t, right, bottom) in zip(whole.contents(), whole.total, boxes, strict=True):
-        np.testing.assert_array_equal(cut, image[t:bottom, left:right])
+    for image, box in zip(whole.total.numpy(), boxes, strict=True):
+        left, t, right, bottom = box
+        np.testing.assert_array_equal(cut_out(image, box), image[t:bottom, left:right])
     # Pixels that are not inspected are not counted.
     mask = rng.random(total.shape[1:]) < 0.5
     counts = count_pixels([whole.total[1].numpy()], [mask])

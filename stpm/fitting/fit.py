@@ -23,7 +23,7 @@ from stpm.data.decoding import SUFFIXES
 from stpm.data.mvtec import is_image
 from stpm.data.pictures import Picture
 from stpm.data.rois import parse_roi
-from stpm.detector import Detector, TeacherSpec, share_teacher
+from stpm.detector import Detector
 from stpm.errors import DataError
 from stpm.fitting.fit_detector import fit_detector
 from stpm.fitting.task import Epoch, FitWarning, fingerprint
@@ -38,6 +38,7 @@ from stpm.method.views import levels_of_teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.options import WantedBackend
+from stpm.shared_teachers import TeacherSpec, share_teacher
 
 log = logging.getLogger(__name__)
 

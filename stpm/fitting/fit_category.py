@@ -10,7 +10,6 @@ from functools import lru_cache
 import torch
 
 from stpm import storage
-from stpm.detector import TeacherSpec, load_teacher
 from stpm.errors import StpmError, one_line
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.fit_detector import Reporter, fit_detector
@@ -21,6 +20,7 @@ from stpm.method.device import is_out_of_memory
 from stpm.method.teacher import Teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.shared_teachers import TeacherSpec, load_teacher
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stpm.method.device import send
 from stpm.method.preprocessing import Content
 
 Float32Array = npt.NDArray[np.float32]
@@ -64,7 +65,7 @@ class AnomalyMaps:
         if pixels is None:
             counts = np.full(len(total), total[0].numel())
             return cls(gaussian(total, sigma) if sigma else total, views, content, counts)
-        inspected = torch.from_numpy(pixels).to(total.device)
+        inspected = send(torch.from_numpy(pixels), total.device)
         if sigma:
             total = gaussian(total.where(inspected, 0.0), sigma) / gaussian(inspected.float(), sigma).clamp_min(_EPS)
         counts = np.broadcast_to(np.count_nonzero(pixels, axis=(1, 2)), len(total))
@@ -82,41 +83,28 @@ class AnomalyMaps:
         ranked = ranked.flatten(1)
         counts = np.maximum(np.rint(top_fraction * self.counts).astype(int), 1)
         values, at = _highest(ranked, int(counts.max()))
-        numbers = torch.from_numpy(counts).to(values.device)[:, None]
+        numbers = send(torch.from_numpy(counts), values.device)[:, None]
         is_top = torch.arange(values.shape[1], device=values.device) < numbers
         # Of equal pixels, the peak is the first.
         peak = ranked.argmax(dim=1)
         read = [values]
         if len(self.views):
-            rows, columns = (self._positions(axis).to(at.device) for axis in (0, 1))
-            row, column = rows.gather(1, at // self._shape[1]), columns.gather(1, at % self._shape[1])
+            rows, columns = (send(self._positions(axis), at.device) for axis in (0, 1))
+            width = self.total.shape[2]
+            row, column = rows.gather(1, at // width), columns.gather(1, at % width)
             image = torch.arange(len(at), device=at.device)[:, None]
             read += [view[image, row, column] for view in self.views]
         means = [each.double().where(is_top, 0.0).sum(dim=1) / numbers[:, 0] for each in read]
         return torch.stack([values[:, 0].double(), peak.double(), *means], dim=1)
-
-    def scores(self, top_fraction: float) -> list[float]:
-        """Return the score of each image, see `scalars`."""
-        scores: list[float] = self.scalars(top_fraction)[:, 2].tolist()
-        return scores
-
-    def contents(self) -> list[Float32Array]:
-        """Return the map of each image's content box, (h, w) float32, on the host."""
-        totals = self.total.cpu().numpy()
-        return [cut_out(total, box) for total, box in zip(totals, self.content.boxes.tolist(), strict=True)]
 
     def inspected_values(self) -> Float32Array:
         """Return the values of all inspected pixels of all images, (P,) float32 on the host."""
         values: Float32Array = self.total[~self.total.isnan()].cpu().numpy()
         return values
 
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return self.total.shape[1], self.total.shape[2]
-
     def _positions(self, axis: int) -> Tensor:
         """Return the position of the views' maps for each row or column of the input: (B, H) or (B, W) int64."""
-        sides = self._shape[axis], self.views.shape[2 + axis]
+        sides = self.total.shape[1 + axis], self.views.shape[2 + axis]
         spans = self.content.boxes[:, [1 - axis, 3 - axis]].tolist()
         return torch.from_numpy(np.stack([nearest_positions(start, stop, *sides) for start, stop in spans]))
 
@@ -138,7 +126,8 @@ def select_maps(parts: Iterable[AnomalyMaps], chosen: Flags) -> Iterator[Tensor]
         flags = chosen[start : start + len(part)]
         start += len(part)
         # Most parts are one image.
-        yield part.total if flags.all() else part.total[np.flatnonzero(flags)]
+        numbers = torch.from_numpy(np.flatnonzero(flags))
+        yield part.total if flags.all() else part.total[send(numbers, part.total.device)]
 
 
 def cut_out(values: npt.NDArray[Number], box: Sequence[int]) -> npt.NDArray[Number]:

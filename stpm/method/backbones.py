@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from timm.layers import Format
+from timm.layers import Conv2dSame, Format
 from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
@@ -178,6 +178,14 @@ def load_backbone(teacher: str, levels: tuple[int, ...], state: StateDict, origi
     backbone = build_backbone(teacher, levels)
     load_weights(backbone.net, state, origin, architecture_name(teacher))
     return backbone.eval()
+
+
+def cast_weights(backbone: Backbone) -> None:
+    """Cast to bfloat16, once, the weights that autocast casts in each pass: of convolutions and linear layers."""
+    for module in backbone.modules():
+        # A subclass may compute with its weights first, as standardised convolutions do.
+        if type(module) in (nn.Conv2d, Conv2dSame, nn.Linear):
+            module.to(torch.bfloat16)
 
 
 def serialise(state: StateDict) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy.typing as npt
@@ -69,15 +70,37 @@ def device_capabilities(device: torch.device) -> Capabilities:
     return Capabilities(True, torch.cuda.is_bf16_supported(including_emulation=False), False)
 
 
-def fetch(tensors: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
-    """Copy tensors of one device to the host, and wait once for all of them. Those of a CPU are not copied."""
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, which no one waits for. To a CPU it is not copied."""
+    if device.type == "cpu":
+        return tensor
+    # From other memory than pinned, a copy waits for all that the device has to compute before it.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as float32 on a device, to which they are copied once; no one may change them."""
+    return send(torch.tensor(values, dtype=torch.float32), device)
+
+
+def fetch(tensors: Sequence[Tensor]) -> Callable[[], list[npt.NDArray[Any]]]:
+    """Begin to copy tensors of one device to the host; those of a CPU are not copied.
+
+    Return a function that waits for all of them at once, but for nothing that the device has to compute after them.
+    """
     if all(tensor.device.type == "cpu" for tensor in tensors):
-        return [tensor.numpy() for tensor in tensors]
-    pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for to, tensor in zip(pinned, tensors, strict=True):
-        to.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream().synchronize()
-    return [tensor.numpy() for tensor in pinned]
+        arrays = [tensor.numpy() for tensor in tensors]
+        return lambda: arrays
+    empty = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    pinned = [to.copy_(tensor, non_blocking=True) for to, tensor in zip(empty, tensors, strict=True)]
+    copied = torch.cuda.current_stream().record_event()
+
+    def arrive() -> list[npt.NDArray[Any]]:
+        copied.synchronize()
+        return [tensor.numpy() for tensor in pinned]
+
+    return arrive
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from stpm.method.anomaly_maps import Float32Array
+from stpm.method.device import constant, send
 from stpm.method.recipe import FusionMethod
 from stpm.method.scales import DistanceScale, Floats
 
@@ -119,7 +120,7 @@ def fuse_views(maps: Tensor, weights: Floats, scales: Sequence[DistanceScale]) -
         scales: one for each of the K maps, and then one for each view if there are two.
     """
     low, spread = _columns(scales[: len(maps)], maps)
-    views = torch.einsum("vk,kbhw->vbhw", torch.from_numpy(weights).to(maps), (maps - low) / spread)
+    views = torch.einsum("vk,kbhw->vbhw", send(torch.from_numpy(weights), maps.device), (maps - low) / spread)
     if len(views) == 1:
         return views
     low, spread = _columns(scales[len(maps) :], maps)
@@ -162,7 +163,7 @@ def map_weights(student: Sequence[int], memory: Sequence[int], student_weight: f
 
 
 def _columns(scales: Sequence[DistanceScale], maps: Tensor) -> tuple[Tensor, Tensor]:
-    values = torch.tensor([(scale.low, scale.spread) for scale in scales], device=maps.device)
+    values = constant(tuple(number for scale in scales for number in (scale.low, scale.spread)), maps.device)
     low, spread = values.view(-1, 2, 1, 1, 1).unbind(dim=1)
     return low, spread
 

@@ -150,7 +150,9 @@ class Preprocessing:
         """Normalise images of any size: (B, H, W, 3) uint8 RGB to (B, 3, H, W) float32, channels last in memory."""
         import torch
 
-        mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        from stpm.method.device import constant
+
+        mean, std = (constant(values, images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2).float(), 1 / (255 * std))
 
     def source_box(self, width: int, height: int) -> tuple[float, float, float, float]:

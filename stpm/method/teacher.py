@@ -14,7 +14,8 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, max_po
 from torch.overrides import TorchFunctionMode
 
 from stpm.errors import ModelError
-from stpm.method.backbones import Backbone
+from stpm.method.backbones import Backbone, cast_weights
+from stpm.method.device import send
 from stpm.method.openvino_backend import OpenVinoBackbone
 from stpm.method.preprocessing import Content, Preprocessing, unpack
 from stpm.method.recipe import Precision
@@ -65,14 +66,13 @@ class Teacher:
         self.device = device
         self.precision = precision
         self.backend: Backend = backend
-        frozen = [
-            self._freeze(backbone if view.levels == backbone.levels else backbone.cut(view.levels))
-            for view in self.views
-        ]
-        self.backbones = [self._compile(each, view) for each, view in zip(frozen, self.views, strict=True)]
-        if any(isinstance(each, Backbone) for each in self.backbones):
+        cut = (backbone if view.levels == backbone.levels else backbone.cut(view.levels) for view in self.views)
+        frozen = [to_device(each, device).eval().requires_grad_(False) for each in cut]
+        self.backbones = [*map(self._compile, frozen, self.views)]
+        if backend == "openvino" and any(isinstance(each, Backbone) for each in self.backbones):
             # If OpenVINO cannot compile the teacher in a view, PyTorch computes all of it, and the student.
-            self.backbones, self.backend = [*frozen], "pytorch"
+            self.backend = "pytorch"
+            self.backbones = [*map(self._compile, frozen, self.views)]
 
     @property
     def nbytes(self) -> int:
@@ -82,12 +82,12 @@ class Teacher:
 
     def inputs(self, images: Tensor) -> Inputs:
         """Make the inputs of each view of images of model size: from (B, H, W, 3) uint8 RGB."""
-        images = images.to(self.device, non_blocking=True)
+        images = send(images, self.device)
         return tuple(self._input(images, view) for view in self.views)
 
     def student_inputs(self, images: Tensor) -> Tensor:
         """Make the inputs of the student's view alone."""
-        return self._input(images.to(self.device, non_blocking=True), self.views[-1])
+        return self._input(send(images, self.device), self.views[-1])
 
     def _input(self, images: Tensor, view: View) -> Tensor:
         return self.preprocessing.normalise(_shrink(images, *view.input_shape))
@@ -96,15 +96,14 @@ class Teacher:
         """Prepare another backbone of the same architecture, a student in eval mode, to be computed as this one is."""
         return self._compile(to_device(backbone, self.device), self.views[-1])
 
-    def _freeze(self, backbone: Backbone) -> Backbone:
-        return to_device(backbone, self.device).eval().requires_grad_(False)
-
     def _compile(self, backbone: Backbone, view: View) -> FeatureExtractor:
         if self.backend == "openvino":
             try:
                 return OpenVinoBackbone(backbone, *view.input_shape, self.precision)
             except ModelError as error:
                 log.warning("%s; PyTorch computes it instead", error)
+        elif self.precision == "bfloat16":
+            cast_weights(backbone)
         return backbone
 
     def compute(self, backbone: FeatureExtractor, inputs: Tensor) -> list[Tensor]:
@@ -142,11 +141,11 @@ class Teacher:
         height, width = self.preprocessing.input_shape
         if (content.boxes == (0, 0, width, height)).all() and not any(content.inspected):
             return [None] * len(shapes)
-        boxes = torch.from_numpy(content.boxes).to(self.device)
+        boxes = send(torch.from_numpy(content.boxes), self.device)
         masks = [content_mask(boxes, (height, width), shape) for shape in shapes]
         for i, inspected in enumerate(content.inspected):
             for mask in masks if inspected else ():
-                mask[i] = inspected_positions(inspected, (height, width), spatial_shape(mask))
+                mask[i] = inspected_positions(inspected, (height, width), spatial_shape(mask), self.device)
         return list(masks)
 
 
@@ -169,19 +168,21 @@ def content_mask(content: Tensor, input_shape: tuple[int, int], shape: tuple[int
 
 # The same few masks are asked for again and again: one for each level, of each image of a category.
 @lru_cache(maxsize=64)
-def inspected_positions(inspected: bytes, input_shape: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def inspected_positions(
+    inspected: bytes, input_shape: tuple[int, int], shape: tuple[int, int], device: torch.device
+) -> Tensor:
     """Mark the positions of a pyramid level at least half of whose pixels are inspected: (h, w) bool of this shape.
 
     Where none is near, those with any inspected pixel are marked: each such pixel has a marked position beside it.
     `inspected` is as in `Content`.
 
-    >>> inspected_positions(bytes([0b11101100]), (2, 4), (1, 2)).int()
+    >>> inspected_positions(bytes([0b11101100]), (2, 4), (1, 2), torch.device("cpu")).int()
     tensor([[1, 0]], dtype=torch.int32)
     """
     pixels = torch.from_numpy(unpack(inspected, input_shape))
     share = adaptive_avg_pool2d(pixels[None].float(), shape)
     is_thin = max_pool2d(share, 3, stride=1, padding=1) < 0.5
-    return ((share >= 0.5) | (is_thin & (share > 0)))[0]
+    return send(((share >= 0.5) | (is_thin & (share > 0)))[0], device)
 
 
 def _inside(start: Tensor, stop: Tensor, length: int, positions: int) -> Tensor:

@@ -9,13 +9,14 @@ from typing import TypeVar
 
 import torch
 
-from stpm.detector import Detector, TeacherSpec, load_teacher
+from stpm.detector import Detector
 from stpm.errors import ImageError, ModelError, ModelUnreadableError, one_line
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.device import is_out_of_memory
 from stpm.method.teacher import Teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
+from stpm.shared_teachers import TeacherSpec, load_teacher
 
 # Time until a model that could not be loaded is tried again.
 _RETRY_SECONDS = 60.0

@@ -9,9 +9,9 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +35,9 @@ from stpm.scoring.stages.batch_size import BatchSize
 if TYPE_CHECKING:
     import torch
 
-    from stpm.detector import TeacherSpec
     from stpm.method.teacher import Inputs, Teacher
     from stpm.result import Result
+    from stpm.shared_teachers import TeacherSpec
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ _COPIED = (
 # Columns that a row with an error has, too.
 _OF_ERROR = {"model_id": "", "heatmap_levels": b""}
 
-
 # The columns of DECODED that the scorer reads, beside the pixels.
 _READ = ("uri", "category", "width", "height", "inspected", "error_kind", "error_message")
 
@@ -57,6 +56,10 @@ _READ = ("uri", "category", "width", "height", "inspected", "error_kind", "error
 Row = Mapping[str, Any]
 # The values of an image in the columns that SCORED adds to DECODED, or why it has none.
 Outcome = Mapping[str, Any] | ImageError
+# Of an image, in the last step of its batch: what its outcome is made of.
+Finish = Callable[[], Sequence["Result | ImageError"]]
+# A batch that is being scored: each step yields the outcomes that are ready, if there are any.
+Steps = Iterator[list[Outcome]]
 
 
 class Scorer:
@@ -91,6 +94,7 @@ class Scorer:
 
         self._options = options
         self._output = output
+        self._request = Request(options.false_alarm_rate, options.region_rate, output.heatmaps, output.raw_maps)
         self._progress = progress
         self._idle_since = 0.0
         self._broken: DeviceError | None = None
@@ -111,6 +115,7 @@ class Scorer:
             arithmetic = replace(arithmetic, precision="float32")
         self._detectors = DetectorCache(store, models, device, arithmetic, int(options.model_ram_gib * 2**30))
         self._batch_size = BatchSize(options.scoring_batch_size, grows=device.type != "cpu")
+        self._run = chain.from_iterable if device.type == "cpu" else overlap
         # Other processes share a CPU: count this one's time. A GPU is occupied all the time.
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter
 
@@ -183,68 +188,88 @@ class Scorer:
     def _score_shared(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
         """Score images whose models share a teacher, batch by batch."""
         outcomes: list[Outcome] = []
-        # A GPU's memory is not known to suffice either, but there a batch that does not fit is halved.
-        most = teacher.preprocessing.batch_size if teacher.device.type == "cpu" else len(images)
-        while len(outcomes) < len(images):
-            batch = images[len(outcomes) : len(outcomes) + min(self._batch_size.current, most)]
-            began = time.perf_counter()
-            outcomes += self._score_batch(teacher, batch)
-            self._batch_size.update(len(batch), time.perf_counter() - began)
+        began = time.perf_counter()
+        for scored in self._run(self._batches(teacher, images)):
+            outcomes += scored
+            if scored:
+                self._batch_size.update(len(scored), time.perf_counter() - began)
+                began = time.perf_counter()
         return outcomes
 
-    def _score_batch(self, teacher: Teacher, batch: Sequence[Row]) -> list[Outcome]:
-        """Score a batch. If that fails, score its halves, so that only the images at fault become errors."""
+    def _batches(self, teacher: Teacher, images: Sequence[Row]) -> Iterator[Steps]:
+        # A GPU's memory is not known to suffice either, but there a batch that does not fit is halved.
+        most = teacher.preprocessing.batch_size if teacher.device.type == "cpu" else len(images)
+        start = 0
+        while start < len(images):
+            batch = images[start : start + min(self._batch_size.current, most)]
+            start += len(batch)
+            yield self._score_batch(teacher, batch)
+
+    def _score_batch(self, teacher: Teacher, batch: Sequence[Row]) -> Steps:
+        """Score a batch. If a step fails, score its halves, so that only the images at fault become errors."""
         import torch
 
         from stpm.method.device import is_out_of_memory
 
         try:
-            with torch.inference_mode():
-                return self._forward(teacher, batch)
+            yield from torch.inference_mode()(self._forward)(teacher, batch)
         except Exception as error:
             log.exception("the forward pass of %d images from %s failed", len(batch), batch[0]["uri"])
             kind = "out_of_memory" if is_out_of_memory(error) else "forward_failed"
             if kind == "forward_failed" and teacher.device.type == "cuda":
                 _end_with_broken_gpu()
-            if len(batch) == 1:
-                return [ImageError(kind, one_line(error))]
+            failure = ImageError(kind, one_line(error))
+        else:
+            return
+        if len(batch) == 1:
+            yield [failure]
+            return
         if kind == "out_of_memory":
             torch.cuda.empty_cache()
             self._batch_size.halve(len(batch))
-        middle = len(batch) // 2
-        return self._score_batch(teacher, batch[:middle]) + self._score_batch(teacher, batch[middle:])
+        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        # In one step: the next batch would take memory from them.
+        yield [outcome for half in halves for scored in self._score_batch(teacher, half) for outcome in scored]
 
-    def _forward(self, teacher: Teacher, images: Sequence[Row]) -> list[Outcome]:
-        """Score images of one batch, which are sorted by category. The teacher runs once."""
+    def _forward(self, teacher: Teacher, images: Sequence[Row]) -> Steps:
+        """Score images of one batch, sorted by category: launch, decide, make outcomes. The teacher runs once."""
         import torch
 
         pixels = np.stack([np.frombuffer(image["pixels"], np.uint8) for image in images])
         pixels = pixels.reshape(len(images), *teacher.preprocessing.input_shape, 3)
         inputs = teacher.inputs(torch.from_numpy(pixels))
         features = teacher(inputs)
-        outcomes: list[Outcome] = []
+        launched: list[Callable[[], Finish]] = []
+        finishes: list[Finish] = []
+        start = 0
         for category, group in groupby(images, key=lambda image: image["category"]):
-            chosen = list(group)
-            part = slice(len(outcomes), len(outcomes) + len(chosen))
-            outcomes += self._score_category(
-                category, chosen, tuple(view[part] for view in inputs), [level[part] for level in features]
-            )
-        return outcomes
+            if launched:
+                # Its detector is held no longer: the next one may need its memory.
+                finishes.append(launched.pop()())
+            part = slice(start, start + len(chosen := list(group)))
+            views, levels = tuple(view[part] for view in inputs), [level[part] for level in features]
+            launched.append(self._launch(category, chosen, views, levels))
+            start = part.stop
+        # What a batch that is decided still holds is the host's.
+        del inputs, features, views, levels
+        yield []
+        finishes.append(launched.pop()())
+        yield []
+        results = chain.from_iterable(finish() for finish in finishes)
+        yield [each if isinstance(each, ImageError) else self._columns(each) for each in results]
 
-    def _score_category(
+    def _launch(
         self, category: str, images: Sequence[Row], inputs: Inputs, features: Sequence[torch.Tensor]
-    ) -> Sequence[Outcome]:
-        """Score images of one category. The detector is held no longer: the next one may need its memory."""
+    ) -> Callable[[], Finish]:
+        """Launch images of one category, see `Detector.score_inputs`."""
         try:
             detector = self._detectors.detector(category)
         except ImageError as error:
-            return [error] * len(images)
+            failed = [error] * len(images)
+            return lambda: lambda: failed
         sizes = [(image["width"], image["height"]) for image in images]
         inspected = [image["inspected"] for image in images]
-        rates = self._options.false_alarm_rate, self._options.region_rate
-        request = Request(*rates, self._output.heatmaps, self._output.raw_maps)
-        results = detector.score_inputs(inputs, sizes, request, features, inspected)
-        return [self._columns(result) for result in results]
+        return detector.score_inputs(inputs, sizes, self._request, features, inspected)
 
     def _columns(self, result: Result) -> dict[str, Any]:
         drawn = self._output.masks and result.region_count
@@ -269,6 +294,21 @@ class Scorer:
 
 def _bytes(values: npt.NDArray[Any]) -> memoryview:
     return values.ravel().view(np.uint8).data
+
+
+def overlap(batches: Iterable[Steps]) -> Steps:
+    """Take the steps of batches in turn: the first of each before the last of the batch before it.
+
+    While a GPU computes what the first step of a batch launches, the host goes on with the other one.
+    """
+    last: Steps = iter(())
+    for steps in batches:
+        yield next(last, [])
+        begun = next(steps, [])
+        yield from last
+        yield begun
+        last = steps
+    yield from last
 
 
 def _end_with_broken_gpu() -> None:

@@ -9,7 +9,7 @@ from tests.scoring.stages.helpers import make_run
 @pytest.fixture(autouse=True)
 def own_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Share no teacher with other tests."""
-    monkeypatch.setattr("stpm.detector._teachers", WeakValueDictionary())
+    monkeypatch.setattr("stpm.shared_teachers._teachers", WeakValueDictionary())
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from stpm.detector import Detector
 from stpm.method.arithmetic import Arithmetic, Capabilities
-from stpm.method.teacher import Teacher
+from stpm.method.teacher import Inputs, Teacher
 from stpm.models.store import ModelStore
+from stpm.scoring.stages.scorer import overlap
 from tests.conftest import fail_to_read
 from tests.scoring.stages.helpers import (
     CATEGORIES,
@@ -77,7 +81,58 @@ def test_a_category_that_is_fitted_again_keeps_the_model_that_its_run_began_with
     assert {row["error_kind"] for row in out} == {""}
 
 
-def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["one batch after the other", "two in flight"])
+def run_batches(request: pytest.FixtureRequest) -> Any:
+    """Return what a scorer on a CPU and one on a GPU do with their batches."""
+    return overlap if request.param == "two in flight" else chain.from_iterable
+
+
+def test_a_batch_is_launched_while_the_host_finishes_the_one_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No features of a batch are left when the next one is launched, and no more than one detector is held for one."""
+    decoded = decode(manifest(run))
+    sequential = scorer(run, raw_maps=True, scoring_batch_size=6)(decoded)
+    forward, score_inputs = Teacher.__call__, Detector.score_inputs
+    events: list[str] = []
+    features: list[StorageWeakRef] = []
+    detectors: list[weakref.ref[Detector]] = []
+
+    def launch(teacher: Teacher, inputs: Inputs) -> list[torch.Tensor]:
+        gc.collect()
+        events.append("launch")
+        assert all(each.expired() for each in features)
+        computed = forward(teacher, inputs)
+        features.extend(StorageWeakRef(each.untyped_storage()) for each in computed)
+        return computed
+
+    def score(detector: Detector, *arguments: Any) -> Any:
+        assert not [each for each in detectors if each() not in (None, detector)]
+        detectors.append(weakref.ref(detector))
+        name, decide = detector.record.category, score_inputs(detector, *arguments)
+
+        def then() -> Any:
+            events.append(f"decide {name}")
+            finish = decide()
+            return lambda: (events.append(f"finish {name}"), finish())[1]
+
+        return then
+
+    monkeypatch.setattr(Teacher, "__call__", launch)
+    monkeypatch.setattr(Detector, "score_inputs", score)
+    stage = scorer(run, raw_maps=True, scoring_batch_size=6, model_ram_gib=0.0)
+    stage._run = overlap
+    assert stage(decoded).equals(sequential)
+    assert events == [
+        *("launch", "decide grey"),
+        *("launch", "decide grey", "finish grey", "decide nut"),
+        *("launch", "decide nut", "finish grey", "finish nut", "decide screw"),
+        *("launch", "finish nut", "finish screw", "decide screw", "finish screw"),
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(
+    run: Path, run_batches: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded = decode(manifest(run))
     original = Teacher.inputs
     odd = np.frombuffer(decoded["pixels"][3].as_buffer(), np.uint8).reshape(64, 64, 3).copy()
@@ -88,12 +143,16 @@ def test_a_forward_pass_that_fails_on_an_image_spoils_no_other(run: Path, monkey
         return original(teacher, pixels)
 
     monkeypatch.setattr(Teacher, "inputs", inputs)
-    kinds = scorer(run, accept_errors=True)(decoded)["error_kind"].to_pylist()
+    stage = scorer(run, accept_errors=True, scoring_batch_size=size)
+    stage._run = run_batches
+    kinds = stage(decoded)["error_kind"].to_pylist()
     assert kinds == ["forward_failed" if i == 3 else "" for i in range(len(kinds))]
 
 
 @pytest.mark.parametrize("fits", [0, 1, 3, 5])
-def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_size_is_halved_until_a_batch_fits(
+    run: Path, fits: int, run_batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An image that does not fit alone is an error."""
     decoded = decode(manifest(run))
     expected = scorer(run)(decoded).to_pylist()
@@ -106,7 +165,9 @@ def test_the_batch_size_is_halved_until_a_batch_fits(run: Path, fits: int, monke
         return original(teacher, backbone, inputs)
 
     monkeypatch.setattr(Teacher, "compute", compute)
-    out = scorer(run, accept_errors=True)(decoded).to_pylist()
+    stage = scorer(run, accept_errors=True)
+    stage._run = run_batches
+    out = stage(decoded).to_pylist()
     assert max(tried) > fits
     for row, other in zip(out, expected, strict=True):
         error = ("", "") if fits else ("out_of_memory", "OutOfMemoryError: 1 images")
