@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
@@ -33,6 +32,8 @@ from stpm.fitting.worker_resources import WorkerResources, scaling_config
 from stpm.method.arithmetic import Arithmetic
 
 if TYPE_CHECKING:
+    import torch
+
     from stpm.fitting.fit_category import WorkerSettings
 
 _POLL_SECONDS = 0.3
@@ -78,9 +79,6 @@ def run_worker_group(
         _Trainer(
             _run_worker,
             train_loop_config={"queue": queue, "options": options, "arithmetic": arithmetic},
-            # Ray Train connects the workers, though they never communicate. Its default for GPUs, NCCL, fails if two
-            # workers share a GPU.
-            torch_config=TorchConfig(backend="gloo"),
             scaling_config=scaling,
             run_config=RunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
@@ -118,8 +116,11 @@ def run_worker_group(
     return results + missing
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Leave SIGINT to the job: Ray Train's own handler ends the process without a word, and with another exit code."""
+class _Trainer(DataParallelTrainer):  # type: ignore[misc]
+    """Start workers that never communicate: a TorchTrainer connects them, and its controller imports torch.
+
+    Leave SIGINT to the job: Ray Train's own handler ends the process without a word, and with another exit code.
+    """
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
@@ -175,6 +176,8 @@ def _run_worker(config: dict[str, Any]) -> None:
 
 def _worker_settings(options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> WorkerSettings:
     """Use the cores that Ray assigned to this worker, and its share of RAM and of its GPU."""
+    import torch
+
     from stpm.fitting.fit_category import WorkerSettings
 
     context = ray.get_runtime_context()
