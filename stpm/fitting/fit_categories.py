@@ -6,11 +6,10 @@ import dataclasses
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from stpm import storage
 from stpm.cluster.connection import connected
@@ -30,12 +29,6 @@ from stpm.models.record import Decision, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
 from stpm.options import ClusterOptions
-
-if TYPE_CHECKING:
-    from stpm.method.backbones import StateDict
-
-# Name, where its weights are from, and levels.
-_Teacher = tuple[str, str, tuple[int, ...]]
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +119,20 @@ def fit_categories(
         for uri in stores.values():
             stack.enter_context(hold_lease(uri, wait))
         if any({each.name for each in categories} - {*storage.subfolders(uri, links=True)} for uri in stores.values()):
-            # A category that is new will need Ray.
-            stack.enter_context(_connected_while_importing())
-        weights = _load_teachers([options.recipe for _, options in pairs])
+            # A new category needs Ray, which starts in other processes, for seconds: meanwhile this one imports torch.
+            Thread(target=import_module, args=["stpm.method.teacher_weights"], daemon=True).start()
+            stack.enter_context(connected())
+        from stpm.fitting.training_images import choose_normalisation
+        from stpm.fitting.worker_group import run_worker_group
+        from stpm.fitting.worker_resources import choose_worker_resources
+        from stpm.method.teacher_weights import load_teacher_weights
+
+        weights = {}
+        for each in dict.fromkeys(options.recipe for _, options in pairs):
+            if (teacher := _teacher_of(each)) not in weights:
+                weights[teacher] = load_teacher_weights(*teacher)
+            # Raise the error of an unknown normalisation once, instead of in each category.
+            choose_normalisation(each)
         tasks: list[FitTask] = []
         for seed, uri in stores.items():
             store = ModelStore(uri)
@@ -143,9 +147,6 @@ def fit_categories(
         results = [result for result in planned if result]
         unfinished = [task for task, result in zip(tasks, planned, strict=True) if not result]
         if unfinished:
-            from stpm.fitting.worker_group import run_worker_group
-            from stpm.fitting.worker_resources import choose_worker_resources
-
             scratch = storage.join(next(iter(stores.values())), ".train")
             with connected(), interrupted_by_ray("fitting"):
                 progress = FitProgress(unfinished, show_progress if is_terminal() else None)
@@ -155,30 +156,7 @@ def fit_categories(
         return results
 
 
-@contextmanager
-def _connected_while_importing() -> Iterator[None]:
-    """Connect to Ray for the block. It starts in other processes, for seconds: meanwhile import what fitting needs."""
-    imports = Thread(target=import_module, args=["stpm.method.teacher_weights"], daemon=True)
-    imports.start()
-    with connected():
-        imports.join()
-        yield
-
-
-def _load_teachers(recipes: Sequence[Recipe]) -> dict[_Teacher, StateDict]:
-    from stpm.fitting.training_images import choose_normalisation
-    from stpm.method.teacher_weights import load_teacher_weights
-
-    weights = {}
-    for recipe in dict.fromkeys(recipes):
-        if (teacher := _teacher_of(recipe)) not in weights:
-            weights[teacher] = load_teacher_weights(*teacher)
-        # Raise the error of an unknown normalisation once, instead of in each category.
-        choose_normalisation(recipe)
-    return weights
-
-
-def _teacher_of(recipe: Recipe) -> _Teacher:
+def _teacher_of(recipe: Recipe) -> tuple[str, str, tuple[int, ...]]:
     from stpm.method.views import levels_of_teacher
 
     return recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe)

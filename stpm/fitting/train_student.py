@@ -162,7 +162,7 @@ def _validation_loss(student: Backbone, features: TeacherFeatures, held_out: Ind
     student.eval()
     # Whoever fetches a value waits for the device: fetch all at once.
     losses = [_loss(student, features, batch).double() * len(batch) for batch in features.batches(held_out)]
-    return sum(torch.stack(losses).tolist()) / len(held_out)
+    return float(sum(torch.stack(losses).tolist())) / len(held_out)
 
 
 def _loss(student: Backbone, features: TeacherFeatures, batch: Indices) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.train
@@ -31,18 +31,11 @@ from stpm.fitting.task_queue import WAIT, TaskQueue
 from stpm.fitting.worker_resources import WorkerResources, scaling_config
 from stpm.method.arithmetic import Arithmetic
 
-if TYPE_CHECKING:
-    import torch
-
-    from stpm.fitting.fit_category import WorkerSettings
-
 _POLL_SECONDS = 0.3
 _NODE_CHECK_SECONDS = 5.0
 # Restarts of the worker group: a task may kill its worker twice, and a few restarts may have other causes.
 _RESTARTS_PER_TASK = 2
 _EXTRA_RESTARTS = 3
-# Fraction of a node's RAM, and of a GPU's free RAM, that all its workers may use together.
-_RAM_FRACTION = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +64,7 @@ def run_worker_group(
         ConfigError: if the workers do not fit the cluster.
     """
     scaling = scaling_config(options, resources, working_nodes(), len(tasks), elastic=is_shared())
-    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(TaskQueue)
-    queue = actor.remote(list(tasks), living_nodes)
+    queue = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(TaskQueue).remote(list(tasks), living_nodes)
     filesystem, path = storage.arrow_filesystem(scratch)
 
     def train() -> None:
@@ -154,11 +146,11 @@ def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[
 def _run_worker(config: dict[str, Any]) -> None:
     """Take tasks from the queue until all have ended, or this worker's GPU cannot be used: then end the queue."""
     # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
-    from stpm.fitting.fit_category import fit_category
+    from stpm.fitting.fit_category import WorkerSettings, fit_category
 
     queue, context = config["queue"], ray.get_runtime_context()
     try:
-        settings = _worker_settings(config["options"], config["arithmetic"], assigned_device())
+        settings = WorkerSettings.of_this_worker(config["options"], config["arithmetic"], assigned_device())
         group = broadcast_from_rank_zero(uuid.uuid4().hex)
         size, node = ray.train.get_context().get_world_size(), context.get_node_id()
         while (task := ray.get(queue.take.remote(group, size, node))) is not None:
@@ -172,27 +164,6 @@ def _run_worker(config: dict[str, Any]) -> None:
                 assigned_device()
     except DeviceError as error:
         ray.get(queue.give_up.remote(str(error)))
-
-
-def _worker_settings(options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> WorkerSettings:
-    """Use the cores that Ray assigned to this worker, and its share of RAM and of its GPU."""
-    import torch
-
-    from stpm.fitting.fit_category import WorkerSettings
-
-    context = ray.get_runtime_context()
-    assigned = context.get_assigned_resources()
-    torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())["Resources"]
-    ram = node["memory"] * _RAM_FRACTION * assigned.get("CPU", 1) / max(node.get("CPU", 1), 1)
-    gpu_ram = torch.cuda.mem_get_info()[0] * _RAM_FRACTION if device.type == "cuda" else 0
-    return WorkerSettings(
-        device,
-        arithmetic,
-        ram=int(options.worker_ram_gib * 2**30 or ram),
-        gpu_ram=int(gpu_ram * min(assigned.get("GPU", 0), 1)),
-        checkpoint_seconds=options.checkpoint_seconds,
-    )
 
 
 def _remove_stuck_placement_groups() -> None:
