@@ -184,7 +184,7 @@ def fitted_keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         keys.extend(task.key for task in tasks)
         return [fit_category(task, SETTINGS, lambda message: None) for task in tasks]
 
-    monkeypatch.setattr(fitting, "run_worker_group", run_worker_group)
+    monkeypatch.setattr("stpm.fitting.worker_group.run_worker_group", run_worker_group)
     monkeypatch.setattr(fitting, "connected", nullcontext)
     monkeypatch.setattr(fitting, "nodes_for_plan", lambda _: [{"CPU": 1.0}])
     monkeypatch.setattr(fitting, "examine_devices", lambda gpus: [cpu_capabilities()])

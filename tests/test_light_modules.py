@@ -12,6 +12,7 @@ LIGHT = [
     "stpm.cluster.connection",
     "stpm.fitting.task_queue",
     "stpm.fitting.task",
+    "stpm.fitting.worker_group",
     "stpm.scoring.inputs.manifest_blocks",
     "stpm.scoring.stages.write_rows",
     "stpm.scoring.stages.decode",
@@ -41,7 +42,7 @@ def test_light_modules_import_no_torch() -> None:
 def test_actors_without_a_pipeline_import_no_ray_data_and_scorers_no_scikit_learn() -> None:
     found = imported_by(f"import {', '.join(LIGHTER)}")
     assert found >= set(LIGHTER)
-    assert not found & {"ray.data", "pandas"}
+    assert not found & {"ray.data", "pandas", "scipy"}
     assert "sklearn" not in imported_by("import stpm.scoring.stages.detector_cache")
 
 
@@ -64,8 +65,8 @@ def test_a_path_that_leads_nowhere_is_refused_before_anything_heavy_is_imported(
     assert not found & {"torch", "ray", "timm", "scipy", "sklearn", "matplotlib"}
 
 
-@pytest.mark.parametrize("names", [["models", "compare"], ["score", "evaluate", "nightly"]], ids=" ".join)
-def test_drivers_that_do_not_fit_import_no_torch(names: list[str]) -> None:
+@pytest.mark.parametrize("names", [["models", "compare"], ["score", "evaluate", "nightly"], ["fit"]], ids=" ".join)
+def test_drivers_import_no_torch_before_ray_starts(names: list[str]) -> None:
     drivers = [COMMANDS[name].run for name in names]
     found = imported_by(f"import pkgutil, stpm.commands; print(*map(pkgutil.resolve_name, {drivers}))")
     assert {"stpm.cli", "stpm.models.store"} <= found

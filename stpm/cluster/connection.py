@@ -35,10 +35,15 @@ _RAY_SETTINGS = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 
-# Ray Train's cleaner of placement groups asks the dashboard for the state of actors (ray-project/ray#58515). A cluster
-# that this process starts has no dashboard, and another cluster's would not know its actors. Unless the connection is
-# refused at once, as it is at this address, the cleaner waits, and a fit ends 12 s later.
-_STATE_API = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+# Also for a cluster that this process starts.
+_OWN_SETTINGS = {
+    # Ray Train's cleaner of placement groups asks the dashboard for the state of actors (ray-project/ray#58515). There
+    # is none, and another cluster's would not know the actors. Unless the connection is refused at once, as it is at
+    # this address, the cleaner waits, and a fit ends 12 s later.
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
+    # The only node is never about to leave: no actor, with a second of imports, need watch for that.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def _connect() -> None:
             if is_shared():
                 ray.init(**quiet)
             else:
-                os.environ.update(_STATE_API)
+                os.environ.update(_OWN_SETTINGS)
                 ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
     except (RayError, RuntimeError, ValueError, ConnectionError) as error:
         address = os.environ.get("RAY_ADDRESS", "")

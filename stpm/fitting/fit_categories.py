@@ -8,6 +8,8 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from importlib import import_module
+from threading import Thread
 
 from stpm import storage
 from stpm.cluster.connection import connected
@@ -20,14 +22,9 @@ from stpm.errors import DataError, ModelDamagedError, ModelUnreadableError, NoMo
 from stpm.fitting.options import CategoryOptions, WorkerOptions
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import FitResult, FitTask
-from stpm.fitting.training_images import choose_normalisation
-from stpm.fitting.worker_group import run_worker_group
-from stpm.fitting.worker_resources import choose_worker_resources
 from stpm.lease import hold_lease
 from stpm.method.arithmetic import choose_arithmetic
 from stpm.method.recipe import Recipe
-from stpm.method.teacher_weights import load_teacher_weights
-from stpm.method.views import levels_of_teacher
 from stpm.models.record import Decision, ModelRecord
 from stpm.models.store import ModelStore
 from stpm.models.versions import Version
@@ -118,16 +115,26 @@ def fit_categories(
         RunInterruptedError: if no node came in time, or Ray failed.
     """
     pairs = _pair(categories, recipe, own)
-    weights = {}
-    for each in dict.fromkeys(options.recipe for _, options in pairs):
-        if (teacher := _teacher_of(each)) not in weights:
-            weights[teacher] = load_teacher_weights(*teacher)
-        # Raise the error of an unknown normalisation once, instead of in each category.
-        choose_normalisation(each)
-    with ExitStack() as leases:
+    with ExitStack() as stack:
+        for uri in stores.values():
+            stack.enter_context(hold_lease(uri, wait))
+        if any({each.name for each in categories} - {*storage.subfolders(uri, links=True)} for uri in stores.values()):
+            # A new category needs Ray, which starts in other processes, for seconds: meanwhile this one imports torch.
+            Thread(target=import_module, args=["stpm.method.teacher_weights"], daemon=True).start()
+            stack.enter_context(connected())
+        from stpm.fitting.training_images import choose_normalisation
+        from stpm.fitting.worker_group import run_worker_group
+        from stpm.fitting.worker_resources import choose_worker_resources
+        from stpm.method.teacher_weights import load_teacher_weights
+
+        weights = {}
+        for each in dict.fromkeys(options.recipe for _, options in pairs):
+            if (teacher := _teacher_of(each)) not in weights:
+                weights[teacher] = load_teacher_weights(*teacher)
+            # Raise the error of an unknown normalisation once, instead of in each category.
+            choose_normalisation(each)
         tasks: list[FitTask] = []
         for seed, uri in stores.items():
-            leases.enter_context(hold_lease(uri, wait))
             store = ModelStore(uri)
             digests = {teacher: store.put_teacher(state) for teacher, state in weights.items()}
             for category, options in pairs:
@@ -150,6 +157,8 @@ def fit_categories(
 
 
 def _teacher_of(recipe: Recipe) -> tuple[str, str, tuple[int, ...]]:
+    from stpm.method.views import levels_of_teacher
+
     return recipe.teacher, recipe.teacher_weights, levels_of_teacher(recipe)
 
 

@@ -7,12 +7,14 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 
+import ray
 import torch
 
 from stpm import storage
 from stpm.errors import StpmError, one_line
 from stpm.fitting.checkpoint import Checkpoint
 from stpm.fitting.fit_detector import Reporter, fit_detector
+from stpm.fitting.options import WorkerOptions
 from stpm.fitting.task import FitResult, FitTask, FitWarning
 from stpm.fitting.training_images import preprocessing_for
 from stpm.method.arithmetic import Arithmetic
@@ -21,6 +23,9 @@ from stpm.method.teacher import Teacher
 from stpm.models.record import ModelRecord
 from stpm.models.store import ModelStore
 from stpm.shared_teachers import TeacherSpec, load_teacher
+
+# Fraction of a node's RAM, and of a GPU's free RAM, that all its workers may use together.
+_RAM_FRACTION = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +39,23 @@ class WorkerSettings:
     ram: int
     gpu_ram: int
     checkpoint_seconds: float
+
+    @classmethod
+    def of_this_worker(cls, options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> WorkerSettings:
+        """Use the cores that Ray assigned to this worker, and its share of RAM and of its GPU."""
+        context = ray.get_runtime_context()
+        assigned = context.get_assigned_resources()
+        torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
+        node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())["Resources"]
+        ram = node["memory"] * _RAM_FRACTION * assigned.get("CPU", 1) / max(node.get("CPU", 1), 1)
+        gpu_ram = torch.cuda.mem_get_info()[0] * _RAM_FRACTION if device.type == "cuda" else 0
+        return cls(
+            device,
+            arithmetic,
+            ram=int(options.worker_ram_gib * 2**30 or ram),
+            gpu_ram=int(gpu_ram * min(assigned.get("GPU", 0), 1)),
+            checkpoint_seconds=options.checkpoint_seconds,
+        )
 
 
 def fit_category(task: FitTask, settings: WorkerSettings, report: Reporter) -> FitResult:

@@ -160,8 +160,9 @@ def _train_epoch(
 @torch.no_grad()
 def _validation_loss(student: Backbone, features: TeacherFeatures, held_out: Indices) -> float:
     student.eval()
-    batches = features.batches(held_out)
-    return sum(float(_loss(student, features, batch)) * len(batch) for batch in batches) / len(held_out)
+    # Whoever fetches a value waits for the device: fetch all at once.
+    losses = [_loss(student, features, batch).double() * len(batch) for batch in features.batches(held_out)]
+    return float(sum(torch.stack(losses).tolist())) / len(held_out)
 
 
 def _loss(student: Backbone, features: TeacherFeatures, batch: Indices) -> Tensor:

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from stpm import storage
@@ -32,16 +31,11 @@ from stpm.fitting.task_queue import WAIT, TaskQueue
 from stpm.fitting.worker_resources import WorkerResources, scaling_config
 from stpm.method.arithmetic import Arithmetic
 
-if TYPE_CHECKING:
-    from stpm.fitting.fit_category import WorkerSettings
-
 _POLL_SECONDS = 0.3
 _NODE_CHECK_SECONDS = 5.0
 # Restarts of the worker group: a task may kill its worker twice, and a few restarts may have other causes.
 _RESTARTS_PER_TASK = 2
 _EXTRA_RESTARTS = 3
-# Fraction of a node's RAM, and of a GPU's free RAM, that all its workers may use together.
-_RAM_FRACTION = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -70,17 +64,13 @@ def run_worker_group(
         ConfigError: if the workers do not fit the cluster.
     """
     scaling = scaling_config(options, resources, working_nodes(), len(tasks), elastic=is_shared())
-    actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(TaskQueue)
-    queue = actor.remote(list(tasks), living_nodes)
+    queue = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node())(TaskQueue).remote(list(tasks), living_nodes)
     filesystem, path = storage.arrow_filesystem(scratch)
 
     def train() -> None:
         _Trainer(
             _run_worker,
             train_loop_config={"queue": queue, "options": options, "arithmetic": arithmetic},
-            # Ray Train connects the workers, though they never communicate. Its default for GPUs, NCCL, fails if two
-            # workers share a GPU.
-            torch_config=TorchConfig(backend="gloo"),
             scaling_config=scaling,
             run_config=RunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
@@ -118,8 +108,11 @@ def run_worker_group(
     return results + missing
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Leave SIGINT to the job: Ray Train's own handler ends the process without a word, and with another exit code."""
+class _Trainer(DataParallelTrainer):  # type: ignore[misc]
+    """Start workers that never communicate: a TorchTrainer connects them, and its controller imports torch.
+
+    Leave SIGINT to the job: Ray Train's own handler ends the process without a word, and with another exit code.
+    """
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
@@ -153,11 +146,11 @@ def retry_after_node_loss(train: Callable[[], None], count_lost_nodes: Callable[
 def _run_worker(config: dict[str, Any]) -> None:
     """Take tasks from the queue until all have ended, or this worker's GPU cannot be used: then end the queue."""
     # Ray Train's controller unpickles this function too: it would spend seconds on imports that it never uses.
-    from stpm.fitting.fit_category import fit_category
+    from stpm.fitting.fit_category import WorkerSettings, fit_category
 
     queue, context = config["queue"], ray.get_runtime_context()
     try:
-        settings = _worker_settings(config["options"], config["arithmetic"], assigned_device())
+        settings = WorkerSettings.of_this_worker(config["options"], config["arithmetic"], assigned_device())
         group = broadcast_from_rank_zero(uuid.uuid4().hex)
         size, node = ray.train.get_context().get_world_size(), context.get_node_id()
         while (task := ray.get(queue.take.remote(group, size, node))) is not None:
@@ -171,25 +164,6 @@ def _run_worker(config: dict[str, Any]) -> None:
                 assigned_device()
     except DeviceError as error:
         ray.get(queue.give_up.remote(str(error)))
-
-
-def _worker_settings(options: WorkerOptions, arithmetic: Arithmetic, device: torch.device) -> WorkerSettings:
-    """Use the cores that Ray assigned to this worker, and its share of RAM and of its GPU."""
-    from stpm.fitting.fit_category import WorkerSettings
-
-    context = ray.get_runtime_context()
-    assigned = context.get_assigned_resources()
-    torch.set_num_threads(max(int(assigned.get("CPU", 1)), 1))
-    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())["Resources"]
-    ram = node["memory"] * _RAM_FRACTION * assigned.get("CPU", 1) / max(node.get("CPU", 1), 1)
-    gpu_ram = torch.cuda.mem_get_info()[0] * _RAM_FRACTION if device.type == "cuda" else 0
-    return WorkerSettings(
-        device,
-        arithmetic,
-        ram=int(options.worker_ram_gib * 2**30 or ram),
-        gpu_ram=int(gpu_ram * min(assigned.get("GPU", 0), 1)),
-        checkpoint_seconds=options.checkpoint_seconds,
-    )
 
 
 def _remove_stuck_placement_groups() -> None:

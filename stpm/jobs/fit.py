@@ -12,7 +12,6 @@ from stpm.exit_codes import ALL_DONE, exit_code
 from stpm.fitting.fit_categories import count_good_images, fit_categories, read_categories
 from stpm.fitting.options import FitOptions, WorkerOptions
 from stpm.fitting.worker_resources import describe_workers
-from stpm.line.feedback import add_good, read_marks
 from stpm.method.calibration import warn_about_few_good_images
 from stpm.method.recipe import Recipe
 from stpm.models.store import ModelStore
@@ -55,6 +54,9 @@ def run_fit(options: FitOptions, recipe: Recipe, workers: WorkerOptions, cluster
 
 def _add_good(options: FitOptions, backend: WantedBackend) -> int:
     """Add marked images to the models of their categories; return the exit code, by the images marked as good."""
+    # It imports torch, which a fit does while Ray starts.
+    from stpm.line.feedback import add_good, read_marks
+
     store = ModelStore(storage.output_folder(options.models))
     marks = read_marks(options.add_good, options.allow, options.categories)
     done, failed = add_good(store, marks, options.false_alarm_rate, backend, wait=options.wait)

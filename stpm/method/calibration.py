@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, stdtrit
 
 from stpm.errors import join_first
 from stpm.method.scales import HeatmapScale
@@ -91,6 +90,9 @@ def false_alarm_bound(count: int, rank: int, confidence: float = 0.9) -> float:
     >>> round(false_alarm_bound(99, 1), 4)
     0.023
     """
+    # Where no rate is promised, SciPy is not imported, which takes a part of a second of every process.
+    from scipy.special import betaincinv
+
     return float(betaincinv(rank, count + 1 - rank, confidence))
 
 
@@ -133,6 +135,8 @@ def log_normal_limit(scores: npt.NDArray[np.float32], false_alarm_rate: float) -
     It is the upper prediction limit of one more score, if the distances of scores from a point below the smallest are
     log-normal (Hahn and Meeker, Statistical Intervals, section 4.8). bench/RESULTS-quality.md compares it with others.
     """
+    from scipy.special import stdtrit
+
     n, median = len(scores), float(np.median(scores))
     start = float(scores[0]) - 0.5 * (median - float(scores[0])) - 1e-6
     logs = np.log(scores.astype(np.float64) - start)

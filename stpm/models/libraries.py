@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from stpm import __version__
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that affect models and scores, by name."""
     versions = {"stpm": __version__, "python": platform.python_version()}

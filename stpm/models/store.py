@@ -152,8 +152,9 @@ class ModelStore:
             record = stored
         except ModelError:
             # The id is a digest of the files: this also repairs a damaged model. model.json comes last.
-            for name, data in (*files.items(), (_RECORD, to_json(record))):
-                storage.publish(self._uri(record, name), data)
+            uris = {self._uri(record, name): data for name, data in files.items()}
+            storage.in_parallel(lambda uri: storage.publish(uri, uris[uri]), uris)
+            storage.publish(self._uri(record, _RECORD), to_json(record))
         version = Version(record.model_id, data_fingerprint)
         try:
             versions = self.versions(record.category).publish(version)

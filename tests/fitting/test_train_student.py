@@ -1,9 +1,11 @@
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stpm.errors import ConfigError, DivergedError
 from stpm.fitting.checkpoint import Checkpoint, FitState
@@ -97,6 +99,30 @@ def test_best_or_last_epoch_is_kept_and_training_stops_early(tiny: Recipe, featu
     stopped, best = train(epochs=200, early_stopping=3, learning_rate=0.01)
     assert len(stopped.history) == best.number + 3 < 200  # type: ignore[attr-defined]
     assert train_on(features, MODELS["memory"]) == TrainedStudent(None, (), None)
+
+
+class CountFetches(TorchDispatchMode):
+    """Count the values that are fetched from a device one by one, each of which waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_epoch_waits_for_its_device_once_however_many_steps_it_has(
+    tiny: Recipe, features_of: FeaturesOf, batch_size: int
+) -> None:
+    features, counts = features_of(tiny), []
+    for epochs in (1, 3):
+        with CountFetches() as fetches:
+            train_on(features, dataclasses.replace(tiny, batch_size=batch_size, epochs=epochs))
+        counts.append(fetches.count)
+    assert counts[1] - counts[0] == 2
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
