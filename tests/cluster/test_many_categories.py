@@ -26,7 +26,8 @@ def test_the_drivers_memory_stays_constant_and_workers_do_not_wait_for_it(tmp_pa
     memory = []
     first = 0.0
     for line in process.stdout:
-        if " ended" in line:
+        # On a slow machine another line says that nothing has ended yet.
+        if " ended" in line and "at work" not in line:
             first = first or time.monotonic()
             memory.append(psutil.Process(process.pid).memory_info().rss)
     process.communicate(timeout=60)

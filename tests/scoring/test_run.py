@@ -30,12 +30,12 @@ from stpm.errors import (
 from stpm.jobs.models import run_models
 from stpm.jobs.score import run_score
 from stpm.method.recipe import Recipe
-from stpm.models import libraries
 from stpm.models.options import ModelsOptions
 from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions, Names
 from stpm.scoring import resume as resume_module
 from stpm.scoring import run as run_module
+from stpm.scoring import run_state
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import Shard
 from stpm.scoring.inputs.sources import image_rows
@@ -260,9 +260,9 @@ def test_nodes_are_compared_with_the_versions_that_a_run_began_with(
 ) -> None:
     run = make_run(tmp_path, "/a.png")
     save(run.store, tiny)
-    monkeypatch.setattr(libraries, "version", lambda name: "1.0")
+    monkeypatch.setattr(run_state, "installed_versions", lambda: {"torch": "1.0"})
     resume_or_start(run, start_over=False, replace=False)
-    monkeypatch.setattr(libraries, "version", lambda name: "2.0")
+    monkeypatch.setattr(run_state, "installed_versions", lambda: {"torch": "2.0"})
     replace_ray(monkeypatch, lambda run, *_: publish_rows(run.output, 0, 1))
     show = Mock(wraps=run_module.show_scoring_progress)
     monkeypatch.setattr(run_module, "show_scoring_progress", show)
