@@ -5,8 +5,11 @@ The files in `jobs/` run the same commands, for `ray job submit`, which sends th
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 from stpm import __doc__ as description
 from stpm import __version__
@@ -109,7 +112,10 @@ def main(*command: str) -> int:
     """
     name, *argv = [*command, *sys.argv[1:]] or [""]
     if name in COMMANDS:
-        run_job(COMMANDS[name], argv)
+        try:
+            run_job(COMMANDS[name], argv)
+        except SystemExit as end:
+            _end_process(int(end.code or 0))
     if name == "--complete" and "COMP_LINE" in os.environ:
         return _complete(*argv)
     if name == "--version":
@@ -121,6 +127,20 @@ def main(*command: str) -> int:
         return ALL_DONE if name else COULD_NOT_RUN
     print(f"error: there is no command {hide_urls(name)}; there are {', '.join(COMMANDS)}", file=sys.stderr)
     return COULD_NOT_RUN
+
+
+def _end_process(code: int) -> NoReturn:
+    """End the process, after what its libraries do then, and leave the interpreter as it is.
+
+    To take it down takes a second once Ray and torch are imported, and aborts the process if a thread of pyarrow still
+    holds bytes (apache/arrow#34314): a finished job would seem to have failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read it may be gone, as `head` is after ten lines.
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
 
 
 def _complete(program: str, word: str, previous: str) -> int:
