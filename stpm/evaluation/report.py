@@ -125,12 +125,13 @@ class Report:
                     f"{name}: {len(masks)} of {first.metrics.defect_count} defects lie wholly outside of what is "
                     f"inspected; recall and image metrics count them, pixel metrics do not: {join_first(masks)}"
                 )
-            interval, limit = first.metrics.metrics["image_false_alarm_rate"].interval, first.threshold
-            if not first.model.decision and (limit.threshold_rank or 1) <= (limit.far_count or 0):
+            found, limit = first.metrics.metrics["image_recall"].value, first.threshold
+            if not first.model.decision and found != 1 and (limit.threshold_rank or 1) <= (limit.far_count or 0):
                 notes.append(
-                    f"{name}: its threshold is the score of one of {limit.far_count} good images that are unlike all "
-                    "others, and may miss defects: look at its model's fit.html, and leave out the bad ones (--exclude)"
+                    f"{name}: its threshold is set by a good image that scores far above most others (so many do: "
+                    f"{limit.far_count}); look at its model's fit.html, and leave out bad images (--exclude)"
                 )
+            interval = first.metrics.metrics["image_false_alarm_rate"].interval
             if interval and interval[0] > (limit.false_alarm_bound or 1):
                 notes.append(
                     f"{name}: more false alarms than its threshold promises: the images that calibrate it are unlike "
