@@ -45,6 +45,8 @@ class Tracker:
         # Otherwise MLflow reports its use to its makers, and asks a server that is down for many minutes.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        # MLflow 3 refuses folders otherwise; only who gives one has one.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         try:
             from mlflow import MlflowClient, entities, exceptions
         except ImportError as error:

@@ -68,9 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Finished:
     make_category(str(data), MARKUP)
     (data / "license.txt").write_text("not a category")
     where = ["--data", str(data), "--out", str(out), "--track", f"file://{root}/mlruns"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        return Finished(data, out, call_job("benchmark", *where, *OPTIONS))
+    return Finished(data, out, call_job("benchmark", *where, *OPTIONS))
 
 
 def test_the_report_and_the_log_name_each_failure(run: Finished) -> None:
@@ -106,10 +104,9 @@ def test_each_model_is_stored_with_the_losses_that_were_logged(run: Finished) ->
     assert not (run.out / "models" / "seed-0" / ".train").exists()
 
 
-def test_each_model_and_the_report_are_runs_in_mlflow(run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_model_and_the_report_are_runs_in_mlflow(run: Finished) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(f"file://{run.data.parent}/mlruns")
     logged = client.search_runs([client.get_experiment_by_name("data").experiment_id])
     assert sorted(each.info.run_name for each in logged) == sorted(
