@@ -93,7 +93,7 @@ def predict_speeds(python: str, folder: Path, teacher: Teacher, images: Path) ->
     """
     values = _teacher_options(teacher, folder) | {"images": images, "out": folder / "anomalib"}
     command = [python, _SCRIPT, "predict", *options_from(values)]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     engine, exported = map(float, ran.stdout.splitlines()[-1].split())
     return engine, exported
 
