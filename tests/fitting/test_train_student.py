@@ -12,8 +12,6 @@ from stpm.fitting.checkpoint import Checkpoint, FitState
 from stpm.fitting.task import Epoch
 from stpm.fitting.train_student import TrainedStudent, learning_rate
 from stpm.fitting.training_images import TrainingImages
-from stpm.method.backbones import load_backbone
-from stpm.method.loss import matching_loss
 from stpm.method.recipe import PRESETS, Recipe
 from stpm.options import Integers, Size
 from tests.conftest import MODELS
@@ -131,20 +129,6 @@ def test_learning_rate_warms_up_and_decays() -> None:
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
     np.testing.assert_allclose(rates[10:], 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40)))
     assert {learning_rate(Recipe(), step, 5) for step in range(500)} == {0.4}
-
-
-def test_gradient_depends_on_no_batch_size(images: TrainingImages, tiny: Recipe, features_of: FeaturesOf) -> None:
-    """`loss_factor` multiplies the mean over a batch, so a batch with each image twice has the same gradient."""
-    features = features_of(tiny)
-    weights, teacher = train_on(features, tiny).student, features.teacher
-    gradients = []
-    for batch in (images.pixels[:3], np.concatenate([images.pixels[:3], images.pixels[:3]])):
-        student = load_backbone(tiny.teacher, tiny.levels, weights, "test")
-        inputs = teacher.inputs(torch.from_numpy(batch))
-        loss = matching_loss(teacher(inputs), student(inputs[0]), [None] * 3) * tiny.loss_factor
-        loss.backward()
-        gradients.append(next(student.parameters()).grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
 def test_what_cannot_be_trained_is_refused(images: TrainingImages, tiny: Recipe, features_of: FeaturesOf) -> None:

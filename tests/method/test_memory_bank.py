@@ -32,8 +32,8 @@ def describe(features: Tensor, kind: Kind, window: int, stride: int, valid: Tens
     return DescriptorSpec(0, kind, window, stride).describe(features, valid)
 
 
-def make_bank(features: Tensor, kind: Kind, window: int = 1, count: int = 10**6) -> MemoryBank:
-    spec = DescriptorSpec(0, kind, window, 1)
+def make_bank(features: Tensor, kind: Kind, count: int) -> MemoryBank:
+    spec = DescriptorSpec(0, kind, 1, 1)
     return fit_bank(spec.describe(features).flatten(0, 2), spec, count, 0)[0]
 
 
@@ -219,23 +219,11 @@ def test_nearest_distance_matches_brute_force(queries: int, vectors: int, channe
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_distance_map_of_bank_vectors_is_zero(kind: Kind) -> None:
-    features = as_features(correlated(1500, 64))
-    bank = make_bank(features, kind)
-    assert torch.equal(bank.vectors, bank.vectors.half().float())
-    distances = bank.distance_map(features)
-    # Rounding to half precision moves a vector of length 8 by a few thousandths.
-    assert distances.max() < 0.02
-    assert (distances >= 0).all()
-    others = bank.distance_map(as_features(correlated(1500, 64, seed=7)))
-    assert others.min() > 50 * distances.max()
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (3, 1), (4, 2)])
 def test_distance_map_matches_reference_at_each_position(kind: Kind, window: int, stride: int) -> None:
     spec, seen = DescriptorSpec(0, kind, window, stride), normal(4, 6, 8, 8)
     bank, _ = fit_bank(spec.describe(seen).flatten(0, 2), spec, 20, 0)
+    assert torch.equal(bank.vectors, bank.vectors.half().float())
     features, valid = normal(2, 6, 6, 8, seed=1), torch.ones(2, 6, 8, dtype=torch.bool)
     valid[:, :, 4:] = False
     found = bank.distance_map(features, valid)

@@ -18,7 +18,7 @@ SIDES, INPUTS = st.integers(1, 90), st.integers(1, 24)
 
 
 def flood(above: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Return the (row, column) of the pixels of each region."""
+    """Return the (row, column) of the pixels of each 8-connected region."""
     left, found = set(zip(*(axis.tolist() for axis in np.nonzero(above)), strict=True)), []
     while left:
         queue = [min(left)]

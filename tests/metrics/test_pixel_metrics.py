@@ -1,4 +1,4 @@
-"""Pixel metrics against plain implementations of their definitions, scikit-learn, and hand-made cases."""
+"""Pixel metrics against plain implementations of their definitions, scikit-learn, and a peer's values."""
 
 import json
 import pickle
@@ -14,30 +14,15 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from bench.peer_aupro import case as peer_case
 from stpm.errors import UndefinedMetricError
 from stpm.metrics.pixel_metrics import PixelCounts, count_pixels
+from tests.method.test_regions import flood
 
 LIMITS = (0.05, 0.3, 1.0)
 SCIKIT_LEARN = {"auroc": roc_auc_score, "average_precision": average_precision_score}
 
 
-def regions_of(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Find 8-connected regions by flood fill."""
-    remaining = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
-    regions = []
-    while remaining:
-        region, edge = [], [remaining.pop()]
-        while edge:
-            y, x = edge.pop()
-            region.append((y, x))
-            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & remaining
-            remaining -= around
-            edge += around
-        regions.append(region)
-    return regions
-
-
 def aupro_by_definition(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
     """Compute AUPRO one threshold and one region at a time."""
-    regions = [(i, region) for i, mask in enumerate(masks) for region in regions_of(mask)]
+    regions = [(i, region) for i, mask in enumerate(masks) for region in flood(mask)]
     outside = maps[~masks]
     curve = [(0.0, 0.0)]
     for threshold in sorted(set(maps.ravel().tolist()), reverse=True):
@@ -122,18 +107,6 @@ def test_the_order_and_grouping_of_merges_do_not_matter(seed: int, max_keys: int
     np.testing.assert_array_equal(merged.keys, whole.keys)
     np.testing.assert_array_equal(merged.sums[:2], whole.sums[:2])
     np.testing.assert_allclose(merged.sums[2], whole.sums[2])
-
-
-def test_regions_touch_at_corners_and_never_across_images() -> None:
-    masks = np.zeros((2, 4, 4), bool)
-    masks[0, 0, 0] = masks[0, 1, 1] = True  # one region of two pixels
-    masks[1, 0, 0] = True
-    maps = np.zeros(masks.shape, np.float32)
-    maps[1, 0, 0] = 1
-    counts = count_pixels(maps, masks)
-    assert counts.regions == 2
-    # Found: all of one region, none of the other, before any good pixel; then straight to the far corner.
-    assert counts.aupro(1.0) == pytest.approx((0.5 + 1.0) / 2)
 
 
 def test_the_state_does_not_grow_with_the_number_of_images() -> None:
