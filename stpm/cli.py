@@ -270,17 +270,24 @@ class _Entry:
 def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
     """Run a job as this process, with the words after its name: exit with its code, and log an error as one line.
 
-    Standard input and output accept bytes that are not UTF-8; the output escapes them.
+    Standard input and output accept bytes that are not UTF-8; the output escapes them. What is closed is not written.
     """
     stop_on_signals()
+    for name in ("stdout", "stderr"):
+        # As a scheduler may start a process.
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     # Errors in the options are logged before the format that the options choose is known.
     start_logging(job.name, "text")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = job(argv)
-    except KeyboardInterrupt:
-        number = stop_signal() or signal.SIGINT
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # While Ray starts, its handler of SIGTERM is in force, which raises SystemExit with its number.
+        number = stop_signal() or (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
+            raise
         log.info(f"stopped by {number.name}: {HOW_TO_CONTINUE}")
         code = STOPPED + number
     except StpmError as error:

@@ -476,3 +476,5 @@ def test_the_end_of_the_interpreter_changes_no_exit_code() -> None:
     words = [sys.executable, "-c", script, "models", "--models", "/nowhere"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout.splitlines()[-1:]) == (3, ["handlers run"])
+    without = subprocess.run(["/bin/sh", "-c", '"$@" 2>&-', "sh", *words], stdout=subprocess.PIPE, check=False)
+    assert without.returncode == 3

@@ -59,3 +59,24 @@ run_job(Job("x", "", {}, "__main__:stop", ""), [])
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (128 + signal.SIGTERM, "")
     assert ran.stdout.splitlines() == [f"x of stpm {__version__} starts", f"stopped by SIGTERM: {HOW_TO_CONTINUE}"]
+
+
+def test_a_signal_while_ray_starts_ends_the_job_as_any_other() -> None:
+    """Ray's own handler, which raises SystemExit, is in force until it has started."""
+    program = """
+import signal
+from stpm.cli import Job, run_job
+from stpm.cluster import connection
+def start(**options):
+    from ray._private.utils import set_sigterm_handler
+    set_sigterm_handler(lambda number, frame: exit(number))
+    signal.raise_signal(signal.SIGTERM)
+connection.ray.init = start
+def run():
+    with connection.connected():
+        pass
+run_job(Job("x", "", {}, "__main__:run", ""), [])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGTERM, "")
+    assert ran.stdout.splitlines()[-1] == f"stopped by SIGTERM: {HOW_TO_CONTINUE}"

@@ -406,6 +406,14 @@ def test_a_mask_may_be_a_jpeg_or_of_zeros_and_ones(tmp_path: Path) -> None:
         Roi.of_mask(np.ones((2, 2, 3), bool))
 
 
+def test_a_mask_in_colours_is_refused(tmp_path: Path) -> None:
+    """Red is darker than green, but no black: all of the image would be inspected."""
+    file = str(tmp_path / "mask.png")
+    Image.fromarray(np.where(MASK[..., None], (0, 255, 0), (255, 0, 0)).astype(np.uint8)).save(file)
+    with pytest.raises(ImageError, match=r"mask\.png: it has levels from 76 to 150; save it in black and white"):
+        read_roi(file)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_a_mask_with_transparent_parts_is_refused(tmp_path: Path, mode: str) -> None:
     mask, file = MASK.astype(np.uint8) * 255, tmp_path / "mask.png"

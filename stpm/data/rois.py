@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stpm import storage
 from stpm.data import decoding
@@ -12,6 +14,8 @@ from stpm.data.image_files import read_uri
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.method.roi import Roi
 
+# So much of the brightest level is white, too.
+_WHITE = 0.9
 _POLYGONS = re.compile(r"[-\d.,;\s]+")
 
 
@@ -19,15 +23,23 @@ def read_roi(uri: str) -> Roi:
     """Read the region of interest of one image.
 
     Raises:
-        ImageError: if its mask cannot be read, or is black.
+        ImageError: if its mask cannot be read, is black, or has no black where it is darkest.
     """
     try:
-        levels = np.asarray(decoding.open_grey(read_uri(uri)))
-        # A mask may be of zeros and ones, or a JPEG, whose black is not all 0.
-        return Roi.of_mask(levels > levels.max() / 2)
+        return Roi.of_mask(_inside(np.asarray(decoding.open_grey(read_uri(uri)))))
     except (ImageError, ConfigError) as error:
         kind = error.kind if isinstance(error, ImageError) else "unsupported"
         raise ImageError(kind, f"its region of interest {uri}: {error}") from error
+
+
+def _inside(levels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Find the white pixels of a mask: it may be of zeros and ones, or a JPEG, whose black is not all 0."""
+    darkest, brightest = levels.min(), levels.max()
+    # A picture in colours, of which no part would be outside.
+    if 0.5 < darkest / max(brightest, 1) < _WHITE:
+        raise ImageError("unsupported", f"it has levels from {darkest} to {brightest}; save it in black and white")
+    inside: npt.NDArray[np.bool_] = levels > brightest / 2
+    return inside
 
 
 def parse_roi(text: str, image: str = "") -> Roi:
