@@ -87,6 +87,12 @@ def _pair(
     return [(each, found.get(each.name, CategoryOptions(each.name, recipe))) for each in categories]
 
 
+def _import_early() -> None:
+    # What fails here fails again, and is raised, where the fit imports it; or the process is ending.
+    with suppress(Exception):
+        import_module("stpm.method.teacher_weights")
+
+
 def fit_categories(
     categories: Sequence[mvtec.Category],
     recipe: Recipe,
@@ -120,7 +126,7 @@ def fit_categories(
             stack.enter_context(hold_lease(uri, wait))
         if any({each.name for each in categories} - {*storage.subfolders(uri, links=True)} for uri in stores.values()):
             # A new category needs Ray, which starts in other processes, for seconds: meanwhile this one imports torch.
-            Thread(target=import_module, args=["stpm.method.teacher_weights"], daemon=True).start()
+            Thread(target=_import_early, daemon=True).start()
             stack.enter_context(connected())
         from stpm.fitting.training_images import choose_normalisation
         from stpm.fitting.worker_group import run_worker_group
