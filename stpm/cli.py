@@ -283,11 +283,8 @@ def run_job(job: Job, argv: Sequence[str]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = job(argv)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # While Ray starts, its handler of SIGTERM is in force, which raises SystemExit with its number.
-        number = stop_signal() or (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
-        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
-            raise
+    except KeyboardInterrupt:
+        number = stop_signal() or signal.SIGINT
         log.info(f"stopped by {number.name}: {HOW_TO_CONTINUE}")
         code = STOPPED + number
     except StpmError as error:

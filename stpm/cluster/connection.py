@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,12 @@ def _connect() -> None:
             else:
                 os.environ.update(_OWN_SETTINGS)
                 ray.init(address="local", num_cpus=max(usable_cpus(), MIN_CPUS), include_dashboard=False, **quiet)
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        # Ray's own handler raised it; now this package's has the signal.
+        stop_on_signals()
+        signal.raise_signal(signal.SIGTERM)
     except (RayError, RuntimeError, ValueError, ConnectionError) as error:
         address = os.environ.get("RAY_ADDRESS", "")
         where = f"the Ray cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start"
