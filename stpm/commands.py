@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from contextlib import suppress
 from typing import NoReturn
 
 from stpm import __doc__ as description
@@ -137,9 +136,14 @@ def _end_process(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        # Whoever read it may be gone, as `head` is after ten lines.
-        with suppress(BrokenPipeError):
+        try:
             stream.flush()
+        except BrokenPipeError:
+            # Whoever read it is gone, as `head` is after ten lines.
+            continue
+        except OSError as error:
+            print(f"error: {stream.name}: {error.strerror}", file=sys.stderr)
+            code = code or COULD_NOT_RUN
     os._exit(code)
 
 

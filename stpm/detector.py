@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, repeat
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, NoReturn, cast, overload
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 
 from stpm.data import pictures
@@ -201,14 +200,12 @@ class Detector:
                 f"false_alarm_rate is {false_alarm_rate}, region_rate {region_rate}; give numbers between 0 and 1"
             )
         request = Request(false_alarm_rate, region_rate)
-        if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
-            isinstance(images, np.ndarray) and images.ndim < 4
-        ):
+        if pictures.is_one(images):
             (result,) = self._score_each([images], request)
             if result.error:
                 raise result.error
             return result
-        return self._score_each(images, request, rois)
+        return self._score_each(cast("Iterable[Picture]", images), request, rois)
 
     def _score_each(self, images: Iterable[Picture], request: Request, rois: Iterable[str] = ()) -> Iterator[Result]:
         remaining, own = iter(images), chain(rois, repeat(""))

@@ -23,6 +23,7 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.data.decoding import decode
 from stpm.data.masks import decode_mask, resize_mask
+from stpm.data.pictures import Picture
 from stpm.detector import Detector
 from stpm.errors import ConfigError, DataError, ModelError
 from stpm.fitting.fit_category import fit_category
@@ -202,7 +203,7 @@ def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path, rn
     wide = rng.integers(0, 2**16, (48, 40), dtype=np.uint16)
     sink = io.BytesIO()
     Image.fromarray(wide).save(sink, "PNG")
-    assert nut.score(wide).score == nut.score(sink.getvalue()).score
+    assert nut.score(wide).score == nut.score(wide.astype(">u2")).score == nut.score(sink.getvalue()).score
     colour = rng.integers(0, 2**16, (48, 40, 3), dtype=np.uint16)
     assert nut.score(colour).score == nut.score((colour >> 8).astype(np.uint8)).score
 
@@ -213,13 +214,15 @@ def test_every_form_of_a_picture_has_the_same_score(nut: Detector, run: Path, rn
         (np.zeros((8, 8)), "^an array of float64 has no fixed range; give uint8 or uint16"),
         (np.zeros((8, 8, 2), np.uint8), r"^an array of shape \(8, 8, 2\) is no image"),
         (np.zeros((0, 8), np.uint8), r"^an array of shape \(0, 8\) is no image"),
+        (None, "^NoneType is no image; give a path, a URI, bytes, a PIL image or an array"),
+        (bytearray(b"GIF89a"), "^bytearray is no image"),
         (b"GIF89a", "^6 bytes whose beginning is not that of PNG"),
         ("/nowhere/crack.png", r"^/nowhere/crack.png: no such folder"),
         (Image.new("F", (4, 4)), "^.* 32 bits per pixel has no fixed range"),
     ],
 )
 def test_a_picture_that_cannot_be_scored_raises_alone_and_is_a_result_among_others(
-    nut: Detector, picture: stpm.detector.Picture, message: str, run: Path
+    nut: Detector, picture: Picture, message: str, run: Path
 ) -> None:
     with pytest.raises(stpm.ImageError, match=message):
         nut.score(picture)

@@ -229,8 +229,10 @@ def test_a_person_gives_a_region_in_python(tmp_path: Path) -> None:
     assert loaded.evaluate(tmp_path / "nut/test").values == one.evaluate(tmp_path / "nut/test").values
     with pytest.raises(ConfigError, match="no pixel is inside"):
         stpm.fit(good, roi=np.zeros(SHAPE, bool))
-    with pytest.raises(DataError, match="no such file"):
-        stpm.fit(good, roi="1,1 2,2 3,3")
+    with pytest.raises(DataError, match="the point 90,90 is outside of the images, which are 40×48"):
+        stpm.fit(good, roi="0,0 40,0 90,90")
+    corners = stpm.fit(good, MODELS["memory"], roi="6,4 19,4 19,9 33,9 33,17 6,17", progress=False)
+    assert corners.roi == parse_roi("6,4 19,4 19,9 33,9 33,17 6,17", tmp_path / "nut/test/square/000.png")
 
 
 masks = st.builds(

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stpm import storage
-from stpm.data import decoding
+from stpm.data import decoding, pictures
 from stpm.data.image_files import read_uri
+from stpm.data.pictures import Picture
 from stpm.errors import ConfigError, DataError, ImageError
 from stpm.method.roi import Roi
 
@@ -42,17 +43,15 @@ def _inside(levels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return inside
 
 
-def parse_roi(text: str, image: str = "") -> Roi:
-    """Return what an option names: a mask's path or URI; or polygons, in pixels of images of the size of an image.
-
-    Without the path or URI of such an image, text that looks like polygons is a path, too.
+def parse_roi(text: str, image: Picture) -> Roi:
+    """Return what an option names: a mask's path or URI; or polygons, in pixels of images of the size of this image.
 
     Raises:
         DataError: if it is neither, or cannot be read.
     """
     try:
-        if image and _POLYGONS.fullmatch(text):
-            return Roi.of_polygons(text, *decoding.read_size(storage.read_at_most(image, decoding.MAX_BYTES)))
+        if _POLYGONS.fullmatch(text):
+            return Roi.of_polygons(text, *decoding.read_size(pictures.fetch(image)))
         return read_roi(storage.absolute(text))
     except (ConfigError, ImageError) as error:
         raise DataError(f"the region of interest {text!r}: {error}") from error

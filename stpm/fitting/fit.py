@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from stpm import storage
@@ -69,8 +68,8 @@ def fit(
         teacher: replaces the recipe's: ARCHITECTURE.TAG of timm, or `demo`, the packaged one.
         teacher_weights: replaces the recipe's: a file, or `random`.
         seed: replaces the recipe's.
-        roi: what to inspect of each image: a mask of its size, (height, width) bool, or a mask's path or URI, white
-            where images are inspected; None: all of it.
+        roi: what to inspect of each image: a mask of its size, (height, width) bool; a mask's path or URI, white where
+            images are inspected; or polygons in pixels, as in `10,10 200,10 200,180; …`; None: all of it.
         backend: what computes features on a CPU: `pytorch`, or `openvino`, which is faster there; `auto`: OpenVINO
             where it is installed.
         progress: show a progress bar.
@@ -81,7 +80,6 @@ def fit(
         DivergedError: if a loss is not finite.
     """
     started = time.perf_counter()
-    region = _read_roi(roi)
     versions = _list(images)
     listed = [picture for picture, _ in versions]
     recipe = recipe or PRESETS[preset]
@@ -92,6 +90,7 @@ def fit(
         seed=recipe.seed if seed is None else seed,
     ).for_image_count(len(listed))
     recipe.check_image_count(len(listed))
+    region = _read_roi(roi, listed[0])
     levels = levels_of_teacher(recipe)
     weights = load_teacher_weights(recipe.teacher, recipe.teacher_weights, levels)
     digest = storage.digest(serialise(weights))
@@ -132,17 +131,17 @@ def fit(
     return dataclasses.replace(detector, publish=publish)
 
 
-def _read_roi(roi: str | os.PathLike[str] | npt.NDArray[np.bool_] | None) -> Roi | None:
+def _read_roi(roi: str | os.PathLike[str] | npt.NDArray[np.bool_] | None, image: Picture) -> Roi | None:
     if roi is None:
         return None
-    return Roi.of_mask(roi) if isinstance(roi, np.ndarray) else parse_roi(os.fspath(roi))
+    return Roi.of_mask(roi) if isinstance(roi, np.ndarray) else parse_roi(os.fspath(roi), image)
 
 
 def _list(images: str | os.PathLike[str] | Iterable[Picture]) -> list[tuple[Picture, str]]:
     """Return the images, files by their URI, each with what changes when its bytes do."""
     if isinstance(images, str | os.PathLike):
         return list(_list_folder(os.fspath(images)))
-    if isinstance(images, bytes | Image.Image):
+    if pictures.is_one(images) and not isinstance(images, np.ndarray):
         raise DataError("one image was given to fit on; give a folder, or a list of images")
     # A store takes a request for each.
     return list(chain.from_iterable(storage.in_parallel(_list_picture, images)))

@@ -11,6 +11,7 @@ from stpm.options import WAIT_HELP, Names, Options, flag, option
 
 # No category can have this name.
 _ALL = "*"
+_MAX_REASON = 1000
 
 
 class Costs(NamedTuple):
@@ -79,6 +80,10 @@ class ModelsOptions(Options):
             raise ConfigError(
                 f"{changes[0]} is given without --categories; name them, or give --categories '*' for all"
             )
+        if (self.by or self.because) and not self.threshold:
+            raise ConfigError("--by and --because say who decides a --threshold, which is missing")
+        if len(self.because) > _MAX_REASON:
+            raise ConfigError(f"--because has {len(self.because):,} characters; give at most {_MAX_REASON:,}")
         if len(self.decisions) < len(self.threshold):
             raise ConfigError(f"--threshold is {','.join(self.threshold)}; give each category once")
         costs = (self.cost_of_false_alarm, self.cost_of_miss, self.defect_rate, self.labelled)

@@ -154,6 +154,8 @@ def test_options_that_exclude_each_other_are_refused() -> None:
             ({"threshold": [text]}, f"--threshold is '{text}'; give CATEGORY=NUMBER, or CATEGORY=auto")
             for text in ("nut=nan", "nut=-inf", "nut", "nut=", "=1", "nut=high")
         ),
+        ({"by": "ann"}, "--by and --because say who decides a --threshold, which is missing"),
+        ({"threshold": ["nut=1"], "because": "x" * 1001}, "--because has 1,001 characters; give at most 1,000"),
         ({"cost_of_miss": 50.0, "defect_rate": 0.1}, "the least cost needs all of --cost-of-false-alarm, "),
         ({"cost_of_miss": 5.0, "cost_of_false_alarm": 1.0, "defect_rate": 0.1}, "; give all of them, or none"),
     ):
