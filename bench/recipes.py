@@ -6,8 +6,8 @@
 Each choice is a change to preset `default`, fitted once per category and seed, in one process and without Ray. A
 variant changes how the parts of that fit are fused, or drops parts: it needs no fit of its own. Appends a JSON line per
 fit to FILE: seconds, validation loss, and for each variant image AUROC, pixel AUROC, AUPRO, and the recall at 2 % false
-alarms in hindsight. `drawn` defects are faint scratches and displaced patches painted on held-out good images at their
-own resolution, and need no label. `real` are the test images. A fit that FILE holds with the same options is not
+alarms in hindsight. `real` are the test images. Other kinds of defects are drawn on held-out good images, see
+bench/drawn.py, and need no label. A fit that FILE holds with the same options is not
 repeated. Then prints two tables of the fits of this call: the means over seeds, and for each category the metrics of
 the choice that is best on all others.
 """
@@ -15,7 +15,6 @@ the choice that is best on all others.
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
 import statistics
@@ -24,27 +23,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from commands import integers, words
+from drawn import KINDS as DRAWN
+from drawn import draw_defects
 from local_fit import change_recipe, compare, compare_real, fit, make_fit_parser, measure
 from metrics import METRICS
-from PIL import Image, ImageDraw, ImageFilter
 from results import Results
 from tabulate import tabulate
 
 from stpm import storage
-from stpm.data import decoding, mvtec
-from stpm.data.encode import encode_png
+from stpm.data import mvtec
 from stpm.method.recipe import PRESETS, Recipe
-from stpm.metrics.pixel_metrics import Mask
 
-_KINDS = ("real", "drawn")
+_KINDS = ("real", *DRAWN)
 # METRICS, and the recall.
 _MEASURED = len(METRICS) + 1
 # What a variant may change of a recipe: what is used after the fit.
 _VARIED = {"student", "memory", "fusion", "student_weight", "smoothing", "top_fraction", "coarse_weight"}
-_DRAWN_PER_IMAGE = 4
 
 
 def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
@@ -56,10 +52,10 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
     measured = {}
     if "real" in kinds:
         measured["real"] = compare_real(detector, category), normal
-    if "drawn" in kinds:
+    if drawn := [kind for kind in kinds if kind in DRAWN]:
         # One half sets the scales, defects are drawn on the other: no image sets its own scale.
         half = compare(detector, [(data, None) for data in held[::2]])
-        measured["drawn"] = compare(detector, draw_defects(held[1::2])), half
+        measured |= {kind: (compare(detector, draw_defects(held[1::2], kind)), half) for kind in drawn}
     return {
         "size": detector.teacher.preprocessing.size_text,
         "seconds": round(fitted.seconds, 1),
@@ -69,41 +65,6 @@ def run(category: mvtec.Category, recipe: Recipe, variants: Sequence[str], kinds
             for variant in variants
         },
     }
-
-
-def draw_defects(files: Sequence[bytes]) -> list[tuple[bytes, Mask | None]]:
-    """Return good images, each followed by copies with a faint drawn defect and the mask of what was drawn."""
-    rng = np.random.default_rng(0)
-    results: list[tuple[bytes, Mask | None]] = []
-    for data in files:
-        results.append((data, None))
-        with Image.open(io.BytesIO(data), formats=decoding.FORMATS) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        for _ in range(_DRAWN_PER_IMAGE):
-            drawn, mask = _draw(rng, pixels)
-            results.append((encode_png(Image.fromarray(drawn), compress_level=1), mask))
-    return results
-
-
-def _draw(rng: np.random.Generator, image: decoding.Pixels) -> tuple[decoding.Pixels, Mask]:
-    """Draw a scratch, or a piece from elsewhere in the image, with random opacity."""
-    height, width = image.shape[:2]
-    size = min(height, width)
-    canvas = Image.new("L", (width, height))
-    pen = ImageDraw.Draw(canvas)
-    y, x = rng.uniform(0.3, 0.7, 2) * (height, width)
-    if rng.random() < 0.5:
-        angle, length = rng.uniform(0, np.pi), rng.uniform(0.05, 0.15) * size
-        dx, dy = length * np.cos(angle), length * np.sin(angle)
-        pen.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=max(round(rng.uniform(1, 4) * size / 256), 1))
-        other = np.full_like(image, rng.integers(0, 256))
-    else:
-        rx, ry = rng.uniform(0.015, 0.06, 2) * size
-        pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=255)
-        other = np.roll(image, tuple(rng.integers(size // 8, size // 2, 2)), axis=(0, 1))
-    mask = np.asarray(canvas) > 0
-    opacity = np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.7)))[..., None] / 255 * rng.uniform(0.3, 1.0)
-    return np.round(image * (1 - opacity) + other * opacity).astype(np.uint8), mask
 
 
 def tables(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
@@ -144,7 +105,10 @@ def main() -> None:
     parser = make_fit_parser(__doc__)
     parser.add_argument("--seeds", type=integers, default="0", help="seeds, separated by commas (default: 0)")
     parser.add_argument(
-        "--kinds", type=words, default=",".join(_KINDS), help="defects to measure (default: real,drawn)"
+        "--kinds",
+        type=words,
+        default="real,drawn",
+        help=f"of {', '.join(_KINDS)} (default: real,drawn)",
     )
     parser.add_argument("--train-images", type=int, help="fit on the first N images alone", metavar="N")
     parser.add_argument("--variants", nargs="*", default=[""], help="name=value pairs on top of each choice")
