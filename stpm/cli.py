@@ -110,6 +110,10 @@ class _Option(argparse.Action):
             ConfigError: if the option can have no such value. The message says where it stands, unless on the command
                 line ("").
         """
+        texts = value if isinstance(value, list) else [value]
+        if odd := next((each for each in texts if isinstance(each, str) and not is_utf8(each)), ""):
+            shown = "its value" if self.field.metadata["is_secret"] else hide_urls(as_utf8(odd))
+            raise ConfigError(f"{flag(self.field.name)}: {shown} is not UTF-8; rename it, or name its folder")
         try:
             if isinstance(value, list) and self.kind in (Integers, Names, Size):
                 return self.kind(map(_text, value))
@@ -168,8 +172,6 @@ class Job:
         Raises:
             ConfigError: if an option is unknown, or a value is not valid.
         """
-        if odd := next((word for word in argv if not is_utf8(word)), ""):
-            raise ConfigError(f"{hide_urls(as_utf8(odd))}: a name that is not UTF-8; rename it, or name its folder")
         parser, options = self._parser()
         try:
             words, unknown = parser.parse_known_args(argv, argparse.Namespace(kept=[]))

@@ -251,6 +251,8 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
     try:
         lease.acquire(wait)
     except OSError as error:
+        if error.errno in storage.FULL_DISK:
+            raise
         raise ConfigError(
             f"{folder}: cannot be written to: {error}; check the disk, and what the credentials allow"
         ) from error

@@ -7,12 +7,15 @@ import json
 from functools import cache
 from reprlib import repr as shorten
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from stpm.errors import ConfigError, join_first
 from stpm.options import Integers, Size
 
 T = TypeVar("T")
+
+# Of an integer of 64 bits.
+_MAX_DIGITS = 18
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> bytes:
@@ -34,12 +37,27 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: if the bytes are not JSON, or nested too deeply.
+        ValueError: if the bytes are not JSON, nested too deeply, or hold what could not be written again: NaN, a number
+            beyond 64 bits, or text that is not UTF-8.
     """
     try:
-        return json.loads(data)
+        value = json.loads(data, parse_constant=_refuse, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if b"\\ud" in data.lower():
+        # UnicodeEncodeError, of half a surrogate pair, is a ValueError.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 @cache

@@ -167,6 +167,9 @@ def test_an_error_in_a_file_names_its_line_alone(tmp_path: Path, name: str, cont
 
 
 def test_an_error_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STPM_IMAGES", os.fsdecode(b"a\xff"))
+    with pytest.raises(ConfigError, match=r"^--images: a%FF is not UTF-8; rename it, or name its folder$"):
+        COMMANDS["score"].parse([])
     monkeypatch.setenv("STPM_WAIT", "1")
     with pytest.raises(ConfigError, match=r"--wait is 1 in the environment \(STPM_WAIT\); give {yes,no}; see --help"):
         parse_recipe()
@@ -389,7 +392,7 @@ FIT = ["fit", "--data", "data", "--models", "m"]
         (["benchmark", "--data", "data", "--out", "file/run"], 1, "file is a file"),
         (["evaluate", "--run", "d", "--out", "o"], 3, "d: no scores here"),
         ([*SCORE, "i", "--out", "o", "--category=", "--category-from", "{category}/{2}"], 1, "{2} is not a name"),
-        ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], 1, "%FF: a name that is not UTF-8"),
+        ([*SCORE, os.fsdecode(b"\xff"), "--out", "o"], 1, "--images: %FF is not UTF-8; rename it"),
         ([*SCORE, "nonsense://i", "--out", "nonsense://o"], 1, "use a local path, s3://"),
         (["fit", "--data", "nowhere", "--models", "m"], 3, "nowhere: no such folder"),
         ([*FIT, "--categories", "bolt"], 3, "no category bolt; there are nut"),

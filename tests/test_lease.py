@@ -164,6 +164,13 @@ def test_held_takes_and_releases_the_lease(tmp_path: Path, monkeypatch: pytest.M
     under_a_file = pytest.raises(ConfigError, match=r"file/run: cannot be written to: ")
     with under_a_file, hold_lease(f"{folder}/file/run", False):
         pytest.fail("no folder")
+    # The command line says what to do about a full disk, and nothing that is half written is left.
+    with pytest.raises(TypeError):
+        storage.create(f"{folder}/new", "text")  # type: ignore[arg-type]
+    assert not storage.exists(f"{folder}/new")
+    monkeypatch.setattr(storage, "create", lambda *_: Path("/dev/full").write_bytes(b"x"))
+    with pytest.raises(OSError, match="No space left"), hold_lease(folder, False):
+        pytest.fail("no room")
 
 
 WRITER = """

@@ -13,7 +13,7 @@ from stpm.lease import Holder
 from stpm.line.night import CategoryNight, Night
 from stpm.method.arithmetic import Arithmetic
 from stpm.models.versions import Version, Versions
-from stpm.records import convert, from_json, to_json
+from stpm.records import convert, from_json, parse_json, to_json
 from stpm.scoring.inputs.manifest import Manifest
 from stpm.scoring.row_summary import RowSummary
 from stpm.scoring.run_statistics import CategoryCounts, RunResult, UnfinishedImage
@@ -83,6 +83,13 @@ def test_any_value_in_any_place_is_read_or_an_error_in_one_line(kind: str, data:
 def test_other_bytes_are_an_error_in_one_line(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"^.+$"):
         from_json(Manifest, content)
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1" + "0" * 400, '{"\\udc80": 1}', '"\\ud800"'])
+def test_what_could_not_be_written_again_is_refused(text: str) -> None:
+    assert parse_json(b'["\\ud83d\\ude00", 123456789012345678]') == ["\U0001f600", 123456789012345678]
+    with pytest.raises(ValueError, match=r"^.+$"):
+        parse_json(f"[{text}]".encode())
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,10 @@ def test_output_folder_refuses_files_and_patterns(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match=r"with one of \*\?\[ in it"):
         storage.output_folder("s3://bucket/line[3]")
     monkeypatch.chdir(tmp_path)
+    # `..` is what stands above the folder that a link leads to.
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    assert storage.absolute("link/../x") == f"{tmp_path}/far/x"
     for make in (storage.output_folder, storage.absolute):
         for uri, expected in (("not/yet[1]", f"{tmp_path}/not/yet[1]"), (f"file://{tmp_path}/y", f"{tmp_path}/y")):
             assert make(uri) == expected

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from stpm.names import hide_urls
 
 # A scorer and the tasks of the other stages share them; fewer are not tested.
 MIN_CPUS = 2
+
+# Bytes that Ray's files take at its start, and more.
+_MIN_FREE = 64 * 2**20
 
 Resources = Mapping[str, float]
 
@@ -88,6 +93,8 @@ def _connect() -> None:
         address = os.environ.get("RAY_ADDRESS", "")
         where = f"the Ray cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start"
         message = f"{where}: {' '.join(str(error).split())}"
+        if shutil.disk_usage(folder := tempfile.gettempdir()).free < _MIN_FREE:
+            message += f"; {folder} is full: make room there, or set TMPDIR and RAY_TMPDIR to a larger disk"
         raise ConfigError(hide_urls(message) if "@" in address else message) from error
     # Ray has replaced the handler.
     stop_on_signals()

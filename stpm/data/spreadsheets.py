@@ -13,7 +13,7 @@ import pyarrow as pa
 from stpm import storage
 from stpm.options import Export
 
-# Rows of a sheet, and characters of a cell: spreadsheets have no more.
+# Rows of a sheet, and UTF-16 units of a cell: spreadsheets have no more.
 _MAX_ROWS, _MAX_TEXT = 2**20, 32_767
 # Integers up to here are exact in a spreadsheet, whose numbers are float64.
 _EXACT = 2**53
@@ -39,7 +39,7 @@ def write_tables(folder: str, tables: Mapping[str, pa.RecordBatchReader], kind: 
         uri = storage.join(folder, f"{next(iter(tables))}.xlsx")
         with storage.writing(uri) as file, Workbook(file, _BOOK) as book:
             for name, reader in tables.items():
-                for i, row in enumerate(_rows(reader, lambda text: text[:_MAX_TEXT])):
+                for i, row in enumerate(_rows(reader, _cut)):
                     if i % _MAX_ROWS == 0:
                         sheet = book.add_worksheet(f"{name} ({i // _MAX_ROWS + 1})" if i else name)
                     sheet.write_row(i % _MAX_ROWS, 0, row)
@@ -67,6 +67,12 @@ def _rows(reader: pa.RecordBatchReader, as_text: Callable[[str], str]) -> Iterat
         # As text, a float32 has the digits that it needs, and not those of the nearest float64.
         columns = (each.cast(pa.string()).cast(pa.float64()) if each.type == pa.float32() else each for each in batch)
         yield from map(list, zip(*(map(as_cell, each.to_pylist()) for each in columns), strict=True))
+
+
+def _cut(text: str) -> str:
+    return (
+        text.encode("utf-16-le")[: 2 * _MAX_TEXT].decode("utf-16-le", "ignore") if len(text) > _MAX_TEXT // 2 else text
+    )
 
 
 def _without_formula(text: str) -> str:

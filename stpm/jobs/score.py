@@ -68,13 +68,13 @@ def run_score(
             )
             with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
                 result, models = run_scoring(run, start_over=collection.fresh)
+            if not result.unfinished:
+                write_tables(folder, {"rows": row_reader(run.output)}, collection.export)
     if result.unfinished:
         return SOME_FAILED
     counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items() if not each.decision}
     warn_about_few_good_images(counts, scoring.false_alarm_rate)
     _log_result(result, run.output)
-    if collection.export != "none":
-        write_tables(folder, {"rows": row_reader(run.output)}, collection.export)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
     if reason := too_many_errors(result.error_count, result.rows, collection.max_error_rate):

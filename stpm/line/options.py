@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from stpm.errors import ConfigError
@@ -126,7 +127,7 @@ class MonitoringOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.webhook and not _HTTP.fullmatch(self.webhook):
+        if self.webhook and not _is_web_url(self.webhook):
             raise ConfigError("--webhook is not an http:// or https:// URL; its value is not shown here")
 
 
@@ -138,6 +139,13 @@ def parse_date(text: str) -> datetime.date | None:
         if date.isoformat() == text:
             return date
     return None
+
+
+def _is_web_url(text: str) -> bool:
+    with suppress(ValueError):
+        # It raises ValueError for a port or an IPv6 address that is none.
+        return bool(_HTTP.fullmatch(text)) and urlsplit(text).port != 0
+    return False
 
 
 def _put_date(source: str, date: datetime.date) -> str:

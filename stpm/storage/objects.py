@@ -144,7 +144,7 @@ def writing(uri: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Open it as any new file: it gets the permissions that the umask leaves.
     temporary = target.parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
-    try:
+    with _removed_if_unfinished(temporary, target):
         with temporary.open("xb") as file:
             yield file
             if durable:
@@ -152,12 +152,6 @@ def writing(uri: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            # The system's own error does not say which disk it is.
-            error.filename = str(target)
-        raise
     if durable:
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -168,6 +162,18 @@ def writing(uri: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
                 raise
         finally:
             os.close(folder)
+
+
+@contextmanager
+def _removed_if_unfinished(file: Path, target: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        file.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            # The system's own error does not say which disk it is.
+            error.filename = str(target)
+        raise
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -184,12 +190,14 @@ def create(uri: str, data: bytes) -> bool:
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with Path(path).open("xb") as file:
-                file.write(data)
+            file = target.open("xb")
         except FileExistsError:
             return False
+        with _removed_if_unfinished(target, target), file:
+            file.write(data)
         return True
 
     def act() -> bool:

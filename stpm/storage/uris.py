@@ -95,7 +95,9 @@ def absolute(uri: str) -> str:
     if is_local(uri):
         try:
             # This also expands `~`, unless no user has that name.
-            return str(Path(LocalFileSystem._strip_protocol(uri)).absolute())
+            path = str(Path(LocalFileSystem._strip_protocol(uri)).absolute())
+            # Before `..` may stand a link to another folder.
+            return os.path.realpath(path) if "/../" in f"{path}/" else path
         except ValueError as error:
             raise UriError(f"{uri!r}: {error}; correct it") from error
     return uri.rstrip("/")

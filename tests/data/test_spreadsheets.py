@@ -86,8 +86,11 @@ def test_xlsx_is_read_back_as_text_and_numbers(tmp_path: Path, monkeypatch: pyte
     assert shown == TEXTS
     assert [row[1:] for row in rows[:4]] == CELLS
     assert pd.read_excel(io.BytesIO(data))["score"].tolist()[3:] == [-0.5, *range(5)]
-    (long,) = encode(tmp_path, "xlsx", rows=pa.table({"a": ["x" * 40_000]})).values()
-    assert openpyxl.load_workbook(io.BytesIO(long))["rows"]["A2"].value == "x" * 32_767
+    # A cell holds 32,767 UTF-16 units, of which some characters have two.
+    texts = pa.table({"a": ["x" * 40_000], "b": ["\U0001f600" * 40_000], "c": [1]})
+    (long,) = encode(tmp_path, "xlsx", rows=texts).values()
+    cells = next(openpyxl.load_workbook(io.BytesIO(long))["rows"].iter_rows(min_row=2, values_only=True))
+    assert cells == ("x" * 32_767, "\U0001f600" * 16_383, 1)
 
 
 def test_rows_are_exported_without_pictures_and_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def test_invalid_options_are_named(options: dict[str, Any], message: str) -> Non
         make(**options)
 
 
-@pytest.mark.parametrize("url", ["ftp://host/secret", "https:///secret", "https://h:port/secret", "http://h/sec ret"])
+@pytest.mark.parametrize(
+    "url", ["ftp://host/secret", "https:///secret", "https://h:port/secret", "http://h/sec ret", "http://[::::]/T"]
+)
 @pytest.mark.parametrize(
     "valid", ["http://h", "HTTPS://me:pass%2Dword@h.example:8080/T0/B1?key=a#b", "http://[::1]:9/secret"]
 )

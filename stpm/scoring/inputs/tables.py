@@ -18,6 +18,7 @@ from stpm import storage
 from stpm.data.decoding import SUFFIXES as IMAGE_SUFFIXES
 from stpm.data.image_files import IMAGE_COLUMNS, PARQUET, image_column
 from stpm.errors import DataError, NoImagesError
+from stpm.names import is_utf8
 from stpm.scoring.inputs.manifest import SHARD_ROWS
 from stpm.scoring.schema import INPUT_COLUMNS
 
@@ -144,6 +145,8 @@ def _read_json_lines(file: TextIO) -> Iterator[dict[str, str | None]]:
             raise ValueError(f"line {number}: {error}") from error
         if type(values) is not dict:
             raise ValueError(f'line {number} is not an object such as {{"uri": "a.png"}}')
+        if any(not is_utf8(text) for pair in values.items() for text in pair if isinstance(text, str)):
+            raise ValueError(f"line {number} has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
         yield {name: _as_text(name, value, line) for name, value in values.items()}
 
 

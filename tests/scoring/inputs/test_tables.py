@@ -82,6 +82,7 @@ def parquet(**columns: Any) -> bytes:
         ("latin.csv", b"uri\ncaf\xe9.png", "this table cannot be read: "),
         ("a.jsonl", b"[1]", "this table cannot be read: "),
         ("b.jsonl", b'{"uri": "a.png"}\n{"uri": ', "this table cannot be read: "),
+        ("d.jsonl", b'{"uri": "a.png"}\n{"uri": "\\ud800"}', "this table .*: line 2 has half of a surrogate pair"),
         ("c.jsonl", b"[" * 100_000, "this table cannot be read: "),
         ("label.parquet", parquet(uri=["a.png"], label=[{"a": 1}]), "this table cannot be read: .*cast"),
         ("u.parquet", parquet(uri=["a"], x=pa.array([b"\xe9"]).view(pa.string())), "this table cannot be read: .*UTF8"),
