@@ -1,7 +1,6 @@
 """Images through all stages, as plain functions."""
 
 import dataclasses
-import io
 import os
 import shutil
 import tarfile
@@ -19,9 +18,7 @@ from stpm.data import mvtec
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Resize
 from stpm.options import Backend, Size
-from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.manifest import labelled_rows
-from stpm.scoring.inputs.sources import image_rows
 from stpm.scoring.progress import BatchReport
 from stpm.scoring.schema import DECODED, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
@@ -65,6 +62,9 @@ def test_unreadable_images_and_odd_names_become_rows_with_an_error_and_spoil_no_
     Image.new("RGB", (9, 9)).save(tmp_path / "page.eps.png", "EPS")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("empty.png"))
+        archive.add(good, "good.png")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        member = archive.getmember("good.png")
     expected = {
         "secret::z.png": "missing",
         "pre::fix.png": "",
@@ -78,13 +78,15 @@ def test_unreadable_images_and_odd_names_become_rows_with_an_error_and_spoil_no_
         "huge.png": "too_large",
         "page.eps.png": "not_an_image",
         "a.tar#empty.png": "empty",
+        "a.tar#good.png": "",
         "cut.jpg": "damaged",
         "good.png": "",
         "dot.png": "",
         "secret": "no_model",
     }
     uris = [name if "://" in name else f"{tmp_path}/{name}" for name in expected]
-    rows = nut_rows(uris, [(512, 0) if "tar#" in uri else (0, -1) for uri in uris])
+    positions = {"a.tar#empty.png": (512, 0), "a.tar#good.png": (member.offset_data, member.size)}
+    rows = nut_rows(uris, [positions.get(name, (0, -1)) for name in expected])
     rows = with_column(rows, "category", [*["nut"] * (len(uris) - 1), "no/such\nmodel"])
     out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
     assert {name: row["error_kind"] for name, row in zip(expected, out, strict=True)} == expected
@@ -94,6 +96,9 @@ def test_unreadable_images_and_odd_names_become_rows_with_an_error_and_spoil_no_
         assert (row["score"] is None) == failed
         assert (row["model_id"] == "") == failed
         assert (row["heatmap"] == "") == failed
+    # A tar member has the same score as its file.
+    scores = {name: (row["score"], row["bytes"]) for name, row in zip(expected, out, strict=True)}
+    assert scores["a.tar#good.png"] == scores["good.png"]
 
 
 @pytest.mark.parametrize(
@@ -126,29 +131,6 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
         ("score", 5, 0, 2, 3, 0, [("flaky://a.png", "unreadable")]),
         ("score", 5, 3, 2, 3, 0, []),
     ]
-
-
-@pytest.mark.parametrize("filesystem", ["local", "memory"])
-def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, memory: str, filesystem: str) -> None:
-    files = manifest(run).slice(0, 8)
-    sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w") as archive:
-        for uri in files["uri"].to_pylist():
-            data = storage.read(uri)
-            info = tarfile.TarInfo(f"grey/#{uri.rsplit('/', 1)[1]}" if "good" in uri else f"grey/{Path(uri).name}.jpg")
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        archive.addfile(tarfile.TarInfo("grey/000.json"))
-    out = f"{tmp_path if filesystem == 'local' else memory}/shards/0.tar"
-    storage.publish(out, sink.getvalue())
-    (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
-    assert members.num_rows == 8
-    assert set(members["category"].to_pylist()) == {"grey"}
-    members = with_column(members, "category", files["category"].to_pylist())
-    for ours, theirs in zip(score(run, members).to_pylist(), score(run, files).to_pylist(), strict=True):
-        assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
-        assert ours["score"] == theirs["score"]
-        assert ".tar#grey/" in ours["uri"]
 
 
 @pytest.mark.parametrize(
