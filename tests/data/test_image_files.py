@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stpm import storage
 from stpm.data import image_files
 from stpm.errors import ImageError
 from stpm.scoring.inputs.category_rule import CategoryRule
@@ -106,16 +107,19 @@ def test_an_archive_may_have_a_name_that_is_longer_in_lower_case(tmp_path: Path)
     assert [image_files.read_uri(row["uri"]) for row in found] == [b"x", b"y"]
 
 
-def test_the_last_tar_member_of_a_name_counts(tmp_path: Path) -> None:
+def test_the_last_tar_member_of_a_name_counts(tmp_path: Path, root: str) -> None:
     files = [("a/1.png", b"old"), ("a/2.png", b"two"), ("./a/1.png", b"new!"), ("a/3.png", b"gone")]
-    write_tar(tmp_path / "s.tar", files, {"a/4.png": "a/2.png", "a/5.png": "a/none.png"})
+    files.append(("a/1.json", b"{}"))
+    write_tar(tmp_path / "s.tar", files, {"a/#4.png": "a/2.png", "a/5.png": "a/none.png"})
     with tarfile.open(tmp_path / "s.tar", "a") as archive:
         folder = tarfile.TarInfo("a/3.png")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-    found = {str(row["uri"]).rpartition("/")[2]: row for row in rows(f"{tmp_path}/s.tar")}
-    read = {n: read_row(r) for n, r in found.items()}
-    assert read == {"2.png": b"two", "1.png": b"new!", "4.png": b"two"}
+    storage.publish(f"{root}/shards/0.tar", (tmp_path / "s.tar").read_bytes())
+    found = rows(f"{root}/shards", rule=CategoryRule(pattern="{category}/{name}"))
+    assert {row["category"] for row in found} == {"a"}
+    read = {row["uri"].rpartition("/")[2]: read_row(row) for row in found}
+    assert read == {"2.png": b"two", "1.png": b"new!", "#4.png": b"two"}
 
 
 def test_a_listed_tar_member_takes_few_bytes(tmp_path: Path) -> None:

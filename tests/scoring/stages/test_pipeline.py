@@ -1,7 +1,6 @@
 """Images through all stages, as plain functions."""
 
 import dataclasses
-import io
 import os
 import shutil
 import tarfile
@@ -18,16 +17,12 @@ from stpm import storage
 from stpm.data import mvtec
 from stpm.method.arithmetic import Arithmetic
 from stpm.method.preprocessing import Resize
-from stpm.models.store import ModelStore
 from stpm.options import Backend, Size
-from stpm.scoring.inputs.category_rule import CategoryRule
-from stpm.scoring.inputs.manifest import BLOCK_ROWS, Shard, labelled_rows
-from stpm.scoring.inputs.manifest_blocks import ManifestBlocks
-from stpm.scoring.inputs.sources import image_rows
+from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.progress import BatchReport
-from stpm.scoring.schema import DECODED, MANIFEST, OUTPUT, SCORED
+from stpm.scoring.schema import DECODED, OUTPUT, SCORED
 from stpm.scoring.stages.decode import Decode
-from tests.conftest import MODELS, record_calls
+from tests.conftest import MODELS
 from tests.datasets import encode_image, make_category, with_column
 from tests.scoring.stages.helpers import PREPROCESSING, decode, fit, manifest, nut_rows, score, scorer, write_heatmaps
 from tests.test_storage import Flaky
@@ -51,28 +46,12 @@ def test_each_stage_keeps_its_schema_and_the_users_columns(run: Path, tmp_path: 
     assert all(lines[row["uri"]] == row["line"] for row in out.select(["uri", "line"]).to_pylist())
 
 
-def test_unreadable_images_become_rows_with_an_error(run: Path, tmp_path: Path) -> None:
-    good = storage.read(manifest(run)["uri"][0].as_py())
-    contents = {"empty.png": b"", "text.png": b"hello", "cut.jpg": good[: len(good) // 2]}
-    contents["deep.png"] = encode_image(np.full((9, 9), 40_000, np.uint16))
-    contents["dot.png"] = encode_image(np.full((1, 1, 3), 9, np.uint8))
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    rows = nut_rows([str(tmp_path / name) for name in (*contents, "gone.png", "dot.png")])
-    rows = with_column(rows, "category", [*["nut"] * 6, "no/such\nmodel"])
-    out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
-    assert [row["error_kind"] for row in out] == ["empty", "not_an_image", "damaged", "", "", "missing", "no_model"]
-    for row in out:
-        failed = bool(row["error_kind"])
-        assert bool(row["error_message"]) == failed
-        assert (row["score"] is None) == failed
-        assert (row["model_id"] == "") == failed
-        assert (row["heatmap"] == "") == failed
-    assert [(row["width"], row["height"]) for row in out[3:5]] == [(9, 9), (1, 1)]
-
-
-def test_odd_names_and_files_are_not_opened_and_spoil_no_other(run: Path, tmp_path: Path) -> None:
+def test_unreadable_images_and_odd_names_become_rows_with_an_error_and_spoil_no_other(
+    run: Path, tmp_path: Path
+) -> None:
     good = manifest(run)["uri"][0].as_py()
+    (tmp_path / "cut.jpg").write_bytes(storage.read(good)[:-100])
+    (tmp_path / "dot.png").write_bytes(encode_image(np.full((1, 1, 3), 9, np.uint8)))
     for name in ("secret", "pre::fix.png", "good.png"):
         shutil.copy(good, tmp_path / name)
     (tmp_path / "folder.png").mkdir()
@@ -83,6 +62,9 @@ def test_odd_names_and_files_are_not_opened_and_spoil_no_other(run: Path, tmp_pa
     Image.new("RGB", (9, 9)).save(tmp_path / "page.eps.png", "EPS")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("empty.png"))
+        archive.add(good, "good.png")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        member = archive.getmember("good.png")
     expected = {
         "secret::z.png": "missing",
         "pre::fix.png": "",
@@ -96,12 +78,27 @@ def test_odd_names_and_files_are_not_opened_and_spoil_no_other(run: Path, tmp_pa
         "huge.png": "too_large",
         "page.eps.png": "not_an_image",
         "a.tar#empty.png": "empty",
+        "a.tar#good.png": "",
+        "cut.jpg": "damaged",
         "good.png": "",
+        "dot.png": "",
+        "secret": "no_model",
     }
     uris = [name if "://" in name else f"{tmp_path}/{name}" for name in expected]
-    out = score(run, nut_rows(uris, [(512, 0) if "tar#" in uri else (0, -1) for uri in uris])).to_pylist()
+    positions = {"a.tar#empty.png": (512, 0), "a.tar#good.png": (member.offset_data, member.size)}
+    rows = nut_rows(uris, [positions.get(name, (0, -1)) for name in expected])
+    rows = with_column(rows, "category", [*["nut"] * (len(uris) - 1), "no/such\nmodel"])
+    out = write_heatmaps(score(run, rows), tmp_path / "out").to_pylist()
     assert {name: row["error_kind"] for name, row in zip(expected, out, strict=True)} == expected
-    assert all(row["error_message"] for row in out if row["error_kind"])
+    for row in out:
+        failed = bool(row["error_kind"])
+        assert bool(row["error_message"]) == failed
+        assert (row["score"] is None) == failed
+        assert (row["model_id"] == "") == failed
+        assert (row["heatmap"] == "") == failed
+    # A tar member has the same score as its file.
+    scores = {name: (row["score"], row["bytes"]) for name, row in zip(expected, out, strict=True)}
+    assert scores["a.tar#good.png"] == scores["good.png"]
 
 
 @pytest.mark.parametrize(
@@ -134,46 +131,6 @@ def test_images_that_storage_failed_are_left_to_the_next_run(
         ("score", 5, 0, 2, 3, 0, [("flaky://a.png", "unreadable")]),
         ("score", 5, 3, 2, 3, 0, []),
     ]
-
-
-def test_a_model_is_not_loaded_again_for_each_block(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = record_calls(monkeypatch, ModelStore, "load")
-    images = manifest(run)
-    in_order_of_time = np.random.default_rng(0).integers(0, images.num_rows, 10 * BLOCK_ROWS)
-    rows = images.take(in_order_of_time).set_column(0, MANIFEST.field(0), pa.array(range(10 * BLOCK_ROWS)))
-    shards = [Shard(f"{tmp_path}/{start}", BLOCK_ROWS) for start in range(0, len(rows), BLOCK_ROWS)]
-    for number, shard in enumerate(shards):
-        storage.publish(shard.uri, storage.encode_parquet(rows.slice(number * BLOCK_ROWS, BLOCK_ROWS)))
-    (task,) = ManifestBlocks(shards).get_read_tasks(1)
-    (ordered,) = task.read_fn()
-    # Room for one of the three models.
-    score_block = scorer(run, model_ram_gib=2**-30)
-    scored = [score_block(decode(ordered.slice(start, BLOCK_ROWS))) for start in range(0, len(rows), BLOCK_ROWS)]
-    assert sorted(name for _, name, _ in loaded) == sorted(PREPROCESSING)
-    assert sorted(id for block in scored for id in block["image_id"].to_pylist()) == list(range(len(rows)))
-
-
-@pytest.mark.parametrize("filesystem", ["local", "memory"])
-def test_a_tar_member_has_the_same_score_as_its_file(run: Path, tmp_path: Path, memory: str, filesystem: str) -> None:
-    files = manifest(run).slice(0, 8)
-    sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w") as archive:
-        for uri in files["uri"].to_pylist():
-            data = storage.read(uri)
-            info = tarfile.TarInfo(f"grey/#{uri.rsplit('/', 1)[1]}" if "good" in uri else f"grey/{Path(uri).name}.jpg")
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        archive.addfile(tarfile.TarInfo("grey/000.json"))
-    out = f"{tmp_path if filesystem == 'local' else memory}/shards/0.tar"
-    storage.publish(out, sink.getvalue())
-    (members,) = image_rows([out.rsplit("/", 1)[0]], CategoryRule(pattern="{category}/{name}"))
-    assert members.num_rows == 8
-    assert set(members["category"].to_pylist()) == {"grey"}
-    members = with_column(members, "category", files["category"].to_pylist())
-    for ours, theirs in zip(score(run, members).to_pylist(), score(run, files).to_pylist(), strict=True):
-        assert (ours["error_kind"], ours["bytes"]) == ("", theirs["bytes"])
-        assert ours["score"] == theirs["score"]
-        assert ".tar#grey/" in ours["uri"]
 
 
 @pytest.mark.parametrize(
