@@ -16,6 +16,7 @@ from stpm.commands import COMMANDS
 from stpm.errors import ConfigError
 from stpm.lease import TIMEOUT, Holder, Lease, hold_lease
 from stpm.records import to_json
+from tests import conftest
 from tests.datasets import make_category
 from tests.test_storage import root as root  # noqa: PLC0414  a fixture
 from tests.test_storage import s3 as s3  # noqa: PLC0414  a fixture
@@ -23,15 +24,11 @@ from tests.test_storage import s3 as s3  # noqa: PLC0414  a fixture
 OTHER_MACHINE = Holder(acquisition="a", host="far", machine="another boot", pid=7, start="1", command="stpm score")
 
 
-class Clock:
+class Clock(conftest.Clock):
     """A clock that moves on when somebody sleeps, and then calls each function of `meanwhile`."""
 
     def __init__(self) -> None:
-        self.now = 0.0
         self.meanwhile: list[Callable[[], object]] = []
-
-    def __call__(self) -> float:
-        return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

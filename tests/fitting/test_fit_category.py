@@ -18,7 +18,6 @@ from stpm.fitting.fit_categories import existing_model
 from stpm.fitting.fit_category import WorkerSettings, fit_category
 from stpm.fitting.task import Epoch, FitTask
 from stpm.fitting.training_images import load_images, preprocessing_for
-from stpm.method.preprocessing import Preprocessing
 from stpm.method.recipe import Recipe
 from stpm.method.teacher_weights import load_teacher_weights
 from stpm.models.record import ModelRecord
@@ -128,13 +127,16 @@ def test_damaged_or_foreign_checkpoint_is_ignored(root: str, tiny: Recipe, damag
 
 
 def test_model_is_reused_only_for_its_recipe_teacher_and_images(tmp_path: Path) -> None:
-    recipe = MODELS["student and memory"]
+    recipe = dataclasses.replace(MODELS["student and memory"], size=Size("auto"), pixels=96 * 64)
     task = task_in(tmp_path, recipe)
-    fit(task)
-    assert stored_model(task)
+    # The size that was chosen is none of the recipe.
+    record = fit(task)
+    assert (record.preprocessing.size_text, record.recipe) == ("96x64", recipe)
+    assert stored_model(task) == record
     for changes in (
         {"recipe": dataclasses.replace(recipe, epochs=9)},
         {"recipe": dataclasses.replace(recipe, smoothing=2.0)},
+        {"recipe": dataclasses.replace(recipe, pixels=10_000)},
         {"teacher_digest": "other"},
         {"train": task.train[1:]},
     ):
@@ -211,13 +213,3 @@ def test_images_over_the_budget_go_to_a_file(tmp_path: Path, tiny: Recipe) -> No
     fit(task, dataclasses.replace(SETTINGS, ram=0, gpu_ram=0), reported)
     assert isinstance(reported[0], str)
     assert "in a file; teacher's features recomputed" in reported[0]
-
-
-def test_auto_size_follows_the_images(tmp_path: Path, tiny: Recipe) -> None:
-    recipe = dataclasses.replace(tiny, size=Size("auto"), pixels=96 * 64, resize="fit")
-    task = task_in(tmp_path, recipe, shape=(150, 100))
-    record = fit(task)
-    assert record.preprocessing == Preprocessing(96, 64, "fit", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert record.recipe == recipe
-    assert stored_model(task) == ModelStore(task.store).record("nut")
-    assert stored_model(dataclasses.replace(task, recipe=dataclasses.replace(recipe, pixels=10_000))) is None
