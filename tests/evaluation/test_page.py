@@ -69,6 +69,7 @@ def test_text_from_data_is_escaped_nothing_is_loaded_and_ids_are_unique() -> Non
     assert sum(f"The threshold is 0.6, decided by {EVIL} on " in piece for piece in tags.texts) == 1
     assert "@import" not in evil_page()
     assert "Missed defects: 1 of 812 shown" in evil_page()
+    assert "<h3>Falls short</h3>" in evil_page()
     ids = [str(attributes["id"]) for _, attributes in tags.found if attributes.get("id")]
     # No text refers to those that matplotlib gives to its groups.
     groups = ("figure", "axes", "patch", "line", "text", "matplotlib", "xtick", "ytick", "legend", "PathColl")
