@@ -50,7 +50,6 @@ def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None
     for name, ran in (("fit", fitted), ("score", score)):
         assert ran.stdout.startswith(f"{name} of stpm {__version__} starts\n")
         assert ran.stderr == ""
-    assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333 or more" in score.stdout
     rows = read_rows("run")
     assert len(rows) == 8
     assert all(Path("run", row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
@@ -61,8 +60,6 @@ def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None
     assert run["result"]["statistics"]["openvino_images"] == (8 if find_spec("openvino") else 0)
     assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
-    names = {path.name for path in Path("run").iterdir()}
-    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "summaries", "triage.html"}
 
 
 @pytest.mark.filterwarnings("ignore:Using `min_rows_per_file` with non-empty:DeprecationWarning")
@@ -78,7 +75,7 @@ def test_a_scored_collection_with_labels_is_evaluated(working_folder: Path, ray_
             rows.writerow([working_folder / f"{number}.png", category, "", "", 8])
     scored = call_job("score", "--models", "models", "--images", "manifest.csv", *RUN, "--raw-maps", "--export", "csv")
     assert scored.returncode == 2
-    assert "5 of 13 images are errors, more than --max-error-rate 0.01: see error_kind in the rows" in scored.stderr
+    assert "5 of 13 images are errors, more than --max-error-rate 0.01: see error_kind in the rows" in scored.stdout
     # Other programs read the rows of each category, whatever its name.
     counted = duckdb.execute("select category, count(*) from 'run/scores/*.parquet' group by category").fetchall()
     counts = dict.fromkeys(NO_MODELS, 1) | {"nut": 8}

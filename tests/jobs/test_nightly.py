@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from stpm import storage
-from stpm.errors import ConfigError, ModelUnreadableError, RunInterruptedError
+from stpm.errors import ModelUnreadableError, RunInterruptedError
 from stpm.jobs import nightly
 from stpm.line import night_record, score_nights
 from stpm.line.night import Night
@@ -155,12 +155,10 @@ def test_a_file_that_is_being_copied_is_left_to_the_next_start(job: Nightly, cap
     job.dump(DATE, "a", "copied")
     copied = Path(f"{job.root}/dump/{DATE}/nut/copied.png")
     os.utime(copied.with_name("a.png"), (0, 0))
-    for _ in range(2):
-        job(settle=60)
-        assert job.names() == ["a"]
-        (left,) = [r.getMessage() for r in caplog.records if "left 1 files to the next start" in r.getMessage()]
-        assert left.endswith(f"modified less than 60 s ago and may still be being written: {copied}")
-        caplog.clear()
+    job(settle=60)
+    assert job.names() == ["a"]
+    assert f"modified less than 60 s ago and may still be being written: {copied}" in caplog.text
+    caplog.clear()
     os.utime(copied, (0, 0))
     job(settle=60)
     assert job.names() == ["a", "copied"]
@@ -252,8 +250,6 @@ def test_a_day_with_nothing_to_tell_becomes_no_night(job: Nightly, caplog: pytes
     assert job() == 0
     assert job(datetime.date(2016, 11, 24)) == 3
     assert [folder.date for folder in NightFolder.find_all(job.out)] == [DATE]
-    with pytest.raises(ConfigError, match="date is 2126-11-24, and today is"):
-        job(datetime.date(2126, 11, 24))
 
 
 def test_a_night_is_judged_once_storage_gives_its_models(job: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:
