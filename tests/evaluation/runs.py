@@ -19,6 +19,8 @@ from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, meas
 from stpm.models.record import FitRecord, ModelRecord, StoredFile
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
+from stpm.scoring.run_state import RunState, ScoringConfig
+from stpm.scoring.run_statistics import RunResult
 from tests.conftest import MODELS, TINY, make_preprocessing
 from tests.datasets import make_category, make_output, write_rows
 
@@ -70,6 +72,14 @@ def scored_run(
     for run in (output, RunOutput.named(output.folder, "seed-1")):
         write_rows(run, make_output(manifest.num_rows, **columns))
     return ScoredCategory(output, "nut", preprocessing)
+
+
+def finish_run(output: RunOutput, model_id: str, store: str, rows: int = 0) -> None:
+    """Write the state of a finished run of the category `nut`."""
+    state = RunState(output.state_folder)
+    state.start(ScoringConfig((), 0.01))
+    state.bind_models({"nut": model_id}, store)
+    state.finish(RunResult(rows=rows))
 
 
 def measured(category: ScoredCategory, masks_at: MasksAt = "model") -> CategoryMetrics:

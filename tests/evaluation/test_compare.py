@@ -23,8 +23,7 @@ from stpm.scoring.output import RunOutput
 from tests.browser import check_page, open_tab
 from tests.conftest import TINY
 from tests.datasets import make_output, with_column, write_rows
-from tests.evaluation.runs import scored_run
-from tests.jobs.test_evaluate import finish_run
+from tests.evaluation.runs import finish_run, scored_run
 from tests.models.test_store import save
 
 EVIL = "<img src=x onerror=alert(1)>\"'"

@@ -25,22 +25,13 @@ from stpm.scoring.options import ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.run_state import RunState, ScoringConfig
-from stpm.scoring.run_statistics import RunResult
 from tests.datasets import make_output, write_rows
-from tests.evaluation.runs import CALIBRATION, result, scored_run
+from tests.evaluation.runs import CALIBRATION, finish_run, result, scored_run
 from tests.models.test_store import save
 
 
 def evaluate(**options: str) -> int:
     return run_evaluate(EvaluateOptions(**options), ReportOptions(), ClusterOptions())
-
-
-def finish_run(output: RunOutput, model_id: str, store: str, rows: int = 0) -> None:
-    """Write the state of a finished run of the category `nut`."""
-    state = RunState(output.state_folder)
-    state.start(ScoringConfig((), 0.01))
-    state.bind_models({"nut": model_id}, store)
-    state.finish(RunResult(rows=rows))
 
 
 def test_what_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:

@@ -95,12 +95,16 @@ def test_late_files_are_scored_into_their_night_by_a_run_of_their_own(job: Night
     first = job.rows(BEFORE)
     job.dump(BEFORE, "late")
     job.dump(DATE, "c")
-    assert job(DATE) == 0
+    assert job(DATE, rate=0.05, output=OutputOptions(heatmaps="none")) == 0
     assert job.names(BEFORE) == ["a", "b", "late"]
     assert job.names(DATE) == ["c"]
     assert [row for row in job.rows(BEFORE) if not row["uri"].endswith("/late.png")] == first
-    assert record(job, BEFORE).runs == ("001", "002")
-    assert record(job, BEFORE).total.images == 3
+    night = record(job, BEFORE)
+    assert (night.runs, night.total.images) == (("001", "002"), 3)
+    # Its verdict follows the first run, and each run its own options.
+    config = json.loads(storage.read(NightFolder.of(job.out, BEFORE).outputs()[1].state.uri))["config"]
+    assert (config["output"]["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
+    assert night.categories["nut"].false_alarm_rate == 0.01
     html = storage.read(f"{job.out}/nightly.html").decode()
     for link in re.findall(r'href="(date=[^"]*html)"', html):
         assert storage.exists(f"{job.out}/{link}")
@@ -388,17 +392,6 @@ def test_a_kill_at_any_step_gives_the_rows_and_records_of_an_undisturbed_run(
         # Every other step, for the sake of time.
         steps += 2
     assert steps > min(last, 20)
-
-
-def test_late_images_follow_the_first_run_of_their_night(job: Nightly) -> None:
-    job.dump(DATE, "a")
-    assert job(rate=0.01) == 0
-    job.dump(DATE, "late")
-    assert job(rate=0.05, output=OutputOptions(heatmaps="none")) == 0
-    runs = [RunState(output.state_folder) for output in NightFolder.of(job.out, DATE).outputs()]
-    config = json.loads(storage.read(runs[1].uri))["config"]
-    assert (config["output"]["heatmaps"], config["false_alarm_rate"]) == ("none", 0.05)
-    assert (record(job).runs, record(job).categories["nut"].false_alarm_rate) == (("001", "002"), 0.01)
 
 
 def test_a_webhook_that_fails_loses_nothing_and_shows_no_secret(
