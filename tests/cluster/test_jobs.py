@@ -3,7 +3,6 @@
 import csv
 import json
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 
 import duckdb
@@ -56,9 +55,6 @@ def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
     run = json.loads(Path("run/run.json").read_text())
     assert run["result"]["rows"] == 8
-    assert 0 < run["result"]["statistics"]["score_seconds"] < 2 * run["result"]["seconds"]
-    assert run["result"]["statistics"]["openvino_images"] == (8 if find_spec("openvino") else 0)
-    assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
     assert run["models"] == {"nut": rows[0]["model_id"]}
 
 
