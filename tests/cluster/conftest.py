@@ -64,6 +64,18 @@ def run_job(name: str, *options: str, **extra: str) -> subprocess.CompletedProce
     return wait_for(start_job(name, *options, **extra))
 
 
+def start_twice(out: object, seconds: float, name: str, *options: str, **extra: str) -> subprocess.Popen[str]:
+    """Start a job two times, so many seconds apart; check that one is refused and names the other, and return that."""
+    first = start_job(name, *options, **extra)
+    time.sleep(seconds)
+    rivals = [first, start_job(name, *options, **extra)]
+    wait_until(lambda: any(each.poll() is not None for each in rivals), "neither was refused")
+    winner, loser = sorted(rivals, key=lambda each: each.poll() is not None)
+    assert loser.returncode == 1
+    assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
+    return winner
+
+
 def wait_for(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """Wait for the end of a job, and show what it printed."""
     try:

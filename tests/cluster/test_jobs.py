@@ -1,115 +1,77 @@
-"""The fit and the score job, and their errors for input that is not valid."""
+"""The fit, the score and the evaluate job."""
 
+import csv
 import json
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 
+import duckdb
+import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from stpm import __version__
+from stpm.data.mvtec import read_category
 from tests.cluster.conftest import TINY_RECIPE, call_job, read_rows, run_job
 from tests.datasets import fitted_categories, make_category
 
 pytestmark = pytest.mark.cluster
 
-TINY_FIT = ["--epochs", "2", *TINY_RECIPE]
-SCORE = ["--models", "models", "--category", "nut"]
+NO_MODELS = ("007", "a b", "../../a", "x" * 300, "__HIVE_DEFAULT_PARTITION__")
 
 
-def written() -> dict[str, int]:
-    """Return when each file of the run folder was written, in nanoseconds."""
-    found = (path for path in Path("run").rglob("*") if path.is_file() and path.parent.name != ".lease")
-    return {str(path.relative_to("run")): path.stat().st_mtime_ns for path in found}
-
-
-def check_again(images: list[str]) -> None:
-    """Check that the same options do nothing, and that others change what depends on them, or are refused."""
-    before = written()
-    again = call_job("score", *SCORE, *images)
-    assert again.returncode == 0
-    assert "all images of this run are scored already" in again.stdout
-    assert written() == before
-    shorter = call_job("score", *SCORE, *images, "--top", "3")
-    assert shorter.returncode == 0
-    assert Path("run/triage.html").read_text().count("data:image/jpeg") == 3
-    assert {path for path, time in written().items() if time != before[path]} == {"triage.html", "run.json"}
-    other = call_job("score", *SCORE, *images, "--heatmaps", "none")
-    assert other.returncode == 1
-    assert "heatmaps was 'all' and is 'none'" in other.stderr
-
-
-def check_fresh(images: list[str]) -> None:
-    """Score from the start, with an empty file among the images."""
-    Path("data/nut/test/good/zero.png").write_bytes(b"")
-    some = call_job("score", *SCORE, *images, "--fresh", "--heatmaps", "none", "--raw-maps")
-    assert some.returncode == 2
-    assert "zero.png: empty: the file has no bytes" in some.stdout
-    rows = read_rows("run")
-    assert len(rows) == 9
-    assert all(row["heatmap"] == "" for row in rows)
-    assert sum(row["anomaly_map"] is not None for row in rows) == 8
-    assert not list(Path("run/heatmaps").rglob("*.png"))
-
-
-def check_feedback() -> None:
-    """Add a marked image to the models here, and list them."""
-    Path("marks.csv").write_text("uri,category,label\ndata/nut/test/good/000.png,nut,good\n")
-    feedback = call_job("fit", "--models", "models", "--add-good", "marks.csv")
-    assert feedback.returncode == 0
-    assert "1 of 1 images that are marked as good belong to models in models" in feedback.stdout
-    listed = call_job("models", "--models", "models")
-    assert listed.returncode == 0
-    assert [place in listed.stdout for place in (" current ", " 1 before ", " 2 before ")] == [True, True, False]
-
-
-def test_fit_then_score_with_relative_paths(working_folder: Path, ray_here: None) -> None:
-    """The first fit and the first scoring run are processes; what follows checks what they left."""
+def test_fit_score_and_evaluate_with_relative_paths(working_folder: Path, ray_here: None) -> None:
+    """The fit and the scoring run are processes."""
     make_category("data", "nut")
     make_category("data", "bolt")
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"http://127.0.0.1:{other.getsockname()[1]}"
-        options = ["--data", "data", "--models", "models", "--categories", "nut", *TINY_FIT]
-        fit = run_job("fit", *options, RAY_API_SERVER_ADDRESS=address)
+        options = ["--data", "data", "--models", "models", "--categories", "nut", "--epochs", "2", *TINY_RECIPE]
+        fitted = run_job("fit", *options, RAY_API_SERVER_ADDRESS=address)
         # Ray Train looks for its actors at no other cluster. It would wait for an answer, and might remove their group.
         other.setblocking(False)
         with pytest.raises(BlockingIOError):
             other.accept()
-    assert fit.returncode == 0
-    assert "needs 99 good images to calibrate on: nut calibrates on 2 of its 8 good images, which" in fit.stdout
+    assert fitted.returncode == 0
+    assert "needs 99 good images to calibrate on: nut calibrates on 2 of its 8 good images, which" in fitted.stdout
     assert fitted_categories("models") == ["nut"]
 
+    score = ["--models", "models", "--out", "run"]
     # A run without rows may be replaced.
-    assert call_job("score", *SCORE, "--images", "nothing", "--out", "run").returncode == 3
-    images = ["--images", "data/nut/test", "--out", "run"]
-    score = run_job("score", *SCORE, *images)
-    assert score.returncode == 0
+    assert call_job("score", *score, "--images", "nothing", "--category", "nut").returncode == 3
+    with Path("manifest.csv").open("w") as file:
+        table = csv.writer(file)
+        table.writerow(["uri", "category", "label", "mask", "line"])
+        for image in read_category("data", "nut").test:
+            table.writerow([image.uri, "nut", image.label, image.mask, 7])
+        for number, category in enumerate(NO_MODELS):
+            table.writerow([f"{number}.png", category, "", "", 8])
+    scored = run_job("score", *score, "--images", "manifest.csv", "--raw-maps", "--export", "csv")
+    assert scored.returncode == 2
+    assert "no model for category '../../a'" in scored.stdout
+    assert "5 of 13 images are errors, more than --max-error-rate 0.01: see error_kind in the rows" in scored.stdout
     # The first line is the job's own, and none is Ray's.
-    for name, ran in (("fit", fit), ("score", score)):
+    for name, ran in (("fit", fitted), ("score", scored)):
         assert ran.stdout.startswith(f"{name} of stpm {__version__} starts\n")
         assert ran.stderr == ""
-    assert "nut calibrates on 2 of its 8 good images, which supports a rate of 0.333 or more" in score.stdout
     rows = read_rows("run")
-    assert len(rows) == 8
-    assert all(Path("run", row["heatmap"]).exists() and row["anomaly_map"] is None for row in rows)
+    found = [row for row in rows if not row["error_kind"]]
+    assert all(Path("run", row["heatmap"]).is_file() for row in found)
     assert Path("run/triage.html").read_text().count("data:image/jpeg") == 8
+    # Other programs read the rows of each category, whatever its name.
+    counted = duckdb.execute("select category, count(*) from 'run/scores/*.parquet' group by category").fetchall()
+    counts = dict.fromkeys(NO_MODELS, 1) | {"nut": 8}
+    assert dict(counted) == counts
+    frame, exported = pd.read_parquet("run/scores"), pd.read_csv("run/rows.csv")
+    assert (frame.category == "nut").sum() == 8
+    assert sorted(frame.uri) == sorted(exported.uri) == sorted(row["uri"] for row in rows)
+    assert sorted(exported.line) == [7] * 8 + [8] * 5
     run = json.loads(Path("run/run.json").read_text())
-    assert run["result"]["rows"] == 8
-    assert 0 < run["result"]["statistics"]["score_seconds"] < 2 * run["result"]["seconds"]
-    assert run["result"]["statistics"]["openvino_images"] == (8 if find_spec("openvino") else 0)
-    assert run["result"]["bytes_read"] == sum(path.stat().st_size for path in Path("data/nut/test").rglob("*.png"))
-    assert run["models"] == {"nut": rows[0]["model_id"]}
-    names = {path.name for path in Path("run").iterdir()}
-    assert names == {".lease", "_SUCCESS", "heatmaps", "manifest", "run.json", "scores", "summaries", "triage.html"}
+    assert {name: category["rows"] for name, category in run["result"]["categories"].items()} == counts
+    assert run["models"] == {"nut": found[0]["model_id"]}
 
-    check_again(images)
-    assert read_rows("run") == rows
-
-    check_fresh(images)
-    check_feedback()
-
-    refused = call_job("fit", *options, "--categories", "bolt", "--cpus-per-worker", "99")
-    assert refused.returncode == 1
-    (line,) = refused.stderr.splitlines()
-    assert "do not fit the cluster" in line
-    assert fitted_categories("models") == ["nut"]
+    assert call_job("evaluate", "--run", "run", "--out", "report").returncode == 0
+    nut = json.loads(Path("report/report.json").read_text())["categories"]["nut"]
+    expected = roc_auc_score([row["label"] != "good" for row in found], [row["score"] for row in found])
+    assert nut["image_auroc"] == pytest.approx(expected)
+    assert nut["pixel_aupro"] is not None

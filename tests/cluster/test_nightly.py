@@ -16,6 +16,7 @@ from tests.cluster.conftest import (
     kill_tree,
     make_images,
     start_job,
+    start_twice,
     wait_for_success,
     wait_until,
     written_tasks,
@@ -58,11 +59,7 @@ def test_a_killed_night_with_late_files_has_the_rows_of_an_undisturbed_one(tmp_p
     secrets = {"STPM_WEBHOOK": f"http://127.0.0.1:{server.server_port}/{URL_SECRET}", "STPM_WEBHOOK_SECRET": KEY}
 
     # Of two starts at once, one works, and is killed.
-    rivals = [start_job("nightly", *options, **secrets) for _ in range(2)]
-    wait_until(lambda: any(each.poll() is not None for each in rivals), "neither was refused")
-    winner, loser = sorted(rivals, key=lambda each: each.poll() is not None)
-    assert loser.returncode == 1
-    assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
+    winner = start_twice(out, 0, "nightly", *options, **secrets)
     run = RunOutput.named(f"{out}/date={NIGHT}", "001")
     wait_until(lambda: bool(written_tasks(run)), "no rows were written")
     kill_tree(winner)

@@ -37,6 +37,7 @@ from tests.cluster.conftest import (
     read_rows,
     run_job,
     start_job,
+    start_twice,
     wait_for_success,
     wait_until,
     written_tasks,
@@ -145,14 +146,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
     kill: int, victim: str, run: Path, out: str
 ) -> None:
-    first = start_job("score", *arguments(run, out))
-    time.sleep(1)
-    rivals = [first, start_job("score", *arguments(run, out))]
-    wait_until(lambda: any(each.poll() is not None for each in rivals), "neither was refused")
-    winner, loser = sorted(rivals, key=lambda each: each.poll() is not None)
-    assert loser.returncode == 1
-    assert f"{out} is held by process {winner.pid} on " in loser.communicate()[1]
-
+    winner = start_twice(out, 1, "score", *arguments(run, out))
     files = random.randint(1, MAX_FILES)
     wait_until(lambda: count_files(out) >= files, "no rows were written")
     time.sleep(random.uniform(0, 0.5))

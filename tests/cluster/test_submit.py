@@ -148,7 +148,7 @@ def test_without_the_token_nothing_is_submitted(cluster: dict[str, str]) -> None
     assert "succeeded" not in process.stdout + process.stderr
 
 
-def test_a_submitted_benchmark_writes_to_s3_for_a_fit_to_reuse(cluster: dict[str, str], s3: dict[str, str]) -> None:
+def test_a_submitted_benchmark_writes_to_s3(cluster: dict[str, str], s3: dict[str, str]) -> None:
     make_category(DATA, "nut")
     make_category(DATA, "grey", grey=True, kind="JPEG")
     recipe = ["--data", DATA, "--epochs", "2", "--checkpoint-seconds", "0", *TINY_RECIPE]
@@ -157,7 +157,6 @@ def test_a_submitted_benchmark_writes_to_s3_for_a_fit_to_reuse(cluster: dict[str
     assert "validation loss" in process.stdout
     report = json.loads(storage.read(f"{OUT}/report.json"))
     assert set(report["categories"]) == {"nut", "grey"}
-    assert all(values["pixel_auroc"] is not None for values in report["categories"].values())
     rows = open_rows(RunOutput.named(OUT, "seed-0")).to_table().to_pylist()
     assert sorted(row["uri"] for row in rows) == storage.files(f"{DATA}/grey/test") + storage.files(f"{DATA}/nut/test")
     assert all(storage.read(f"{OUT}/{row['heatmap']}").startswith(b"\x89PNG") for row in rows)
@@ -165,21 +164,12 @@ def test_a_submitted_benchmark_writes_to_s3_for_a_fit_to_reuse(cluster: dict[str
     written = b"".join(storage.read(uri) for uri in storage.files(OUT) if uri.endswith((".json", ".parquet")))
     for secret in (s3["AWS_ACCESS_KEY_ID"], s3["AWS_SECRET_ACCESS_KEY"]):
         assert secret.encode() not in written
-
-    first = storage.files(f"{MODELS}/nut"), storage.read(f"{MODELS}/nut/current.json")
-    again = call_job("fit", "--models", MODELS, *recipe)
-    assert again.returncode == 0
-    assert again.stdout.count("is there already") == 2
-    assert (storage.files(f"{MODELS}/nut"), storage.read(f"{MODELS}/nut/current.json")) == first
     options = ["--models", MODELS, "--category", "nut"]
     for images, run in ((f"{DATA}/nut/test", "s3://nobucket/run"), ("s3://nobucket/images", f"{OUT}/other")):
         no_bucket = call_job("score", *options, "--images", images, "--out", run)
         assert no_bucket.returncode == 1
         (line,) = no_bucket.stderr.splitlines()
         assert "s3://nobucket/" in line
-    failed = submit(cluster, "fit", "--data", "s3://bucket/nowhere", "--models", MODELS, *TINY_RECIPE)
-    assert failed.returncode != 0
-    assert "nowhere: no such folder" in failed.stdout + failed.stderr
 
 
 def test_a_stopped_job_is_continued_and_exports_what_the_dashboard_draws(cluster: dict[str, str], metrics: str) -> None:

@@ -19,7 +19,9 @@ from stpm.metrics.category_metrics import METRICS, CategoryMetrics, Metric, meas
 from stpm.models.record import FitRecord, ModelRecord, StoredFile
 from stpm.scoring.inputs.manifest import labelled_rows
 from stpm.scoring.output import RunOutput
-from tests.conftest import MODELS, TINY, make_preprocessing
+from stpm.scoring.run_state import RunState, ScoringConfig
+from stpm.scoring.run_statistics import RunResult
+from tests.conftest import TINY, make_preprocessing
 from tests.datasets import make_category, make_output, write_rows
 
 SIZE = 64
@@ -72,6 +74,14 @@ def scored_run(
     return ScoredCategory(output, "nut", preprocessing)
 
 
+def finish_run(output: RunOutput, model_id: str, store: str, rows: int = 0) -> None:
+    """Write the state of a finished run of the category `nut`."""
+    state = RunState(output.state_folder)
+    state.start(ScoringConfig((), 0.01))
+    state.bind_models({"nut": model_id}, store)
+    state.finish(RunResult(rows=rows))
+
+
 def measured(category: ScoredCategory, masks_at: MasksAt = "model") -> CategoryMetrics:
     return measure_category(read_scores(category, masks_at))
 
@@ -79,6 +89,7 @@ def measured(category: ScoredCategory, masks_at: MasksAt = "model") -> CategoryM
 def result(
     category: str, seed: int, image: float | None, pixel: float | None, recipe: Recipe = TINY, **metrics_changes: Any
 ) -> CategoryResult:
+    part, losses = ("memory", (0, 0, None, None)) if recipe.student == "none" else ("student", (3, 2, 0.5, 0.6))
     record = ModelRecord(
         category=category,
         recipe=dataclasses.replace(recipe, seed=seed),
@@ -88,8 +99,8 @@ def result(
         teacher_licence="apache-2.0",
         heatmap_scale=HeatmapScale(0.1, 1.0),
         distance_scales=(),
-        fit=FitRecord(2.0 + seed, 3, 2, 0.5, 0.6, 8, 2, 2, "cpu"),
-        files={"student.safetensors": StoredFile(f"{seed}" * 64, 9)},
+        fit=FitRecord(2.0 + seed, *losses, 8, 2, 2, "cpu"),
+        files={f"{part}.safetensors": StoredFile(f"{seed}" * 64, 9)},
         library_versions={},
         created="now",
     )
@@ -100,14 +111,6 @@ def result(
     measured = CategoryMetrics(metrics, 4, 5, 3, 1)
     measured = dataclasses.replace(measured, defects={"dent": measured}, **metrics_changes)
     return CategoryResult(record, measured, threshold=place_threshold(1.0 + 0.25 * seed, CALIBRATION))
-
-
-def without_student(made: CategoryResult) -> CategoryResult:
-    """Return the same result for a model that has a memory alone."""
-    fit = dataclasses.replace(made.model.fit, epochs=0, kept_epoch=0, train_loss=None, validation_loss=None)
-    recipe = dataclasses.replace(MODELS["memory"], seed=made.model.recipe.seed)
-    files = {"memory.safetensors": StoredFile("m" * 64, 9)}
-    return dataclasses.replace(made, model=dataclasses.replace(made.model, recipe=recipe, fit=fit, files=files))
 
 
 REPORT = Report(

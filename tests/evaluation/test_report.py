@@ -13,8 +13,8 @@ from stpm.evaluation.report import Failure, Report
 from stpm.evaluation.thresholds import place_threshold
 from stpm.metrics.category_metrics import Metric
 from stpm.metrics.intervals import wilson_interval
-from tests.conftest import TINY, make_preprocessing
-from tests.evaluation.runs import REPORT, result, without_student
+from tests.conftest import MODELS, TINY, make_preprocessing
+from tests.evaluation.runs import REPORT, result
 
 
 def rows_of(report: Report, name: str = "report.parquet") -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def test_the_protocol_has_the_inputs_values_in_common() -> None:
 
 
 def test_a_model_without_a_student_is_reported_without_losses() -> None:
-    report = Report("data", [without_student(result("a", seed, 0.5, None)) for seed in (0, 1)], [])
+    report = Report("data", [result("a", seed, 0.5, None, MODELS["memory"]) for seed in (0, 1)], [])
     values = json.loads(report.files()["report.json"])
     a = values["categories"]["a"]
     assert (a["train_loss"], a["validation_loss"]) == (None, None)

@@ -18,11 +18,10 @@ from stpm.models.store import ModelStore
 from stpm.options import Names
 from stpm.scoring.output import RunOutput
 from stpm.scoring.run_state import RunState, ScoringConfig
-from stpm.scoring.run_statistics import RunResult
 from tests.browser import EVIL, Tags, check_page, check_tags
 from tests.conftest import MODELS
 from tests.datasets import make_output, write_rows
-from tests.evaluation.runs import result
+from tests.evaluation.runs import finish_run, result
 from tests.models.test_store import save
 
 MODEL = result("nut", 0, None, None).model
@@ -71,19 +70,15 @@ class Store:
         self.root, self.store = root, ModelStore(str(root / "models"))
         self.record = save(self.store, MODELS["memory"])
 
-    def score(self, labels: dict[str, list[float]], model_id: str = "", *, finish: bool = True) -> None:
+    def score(self, labels: dict[str, list[float]], model_id: str = "") -> None:
         output = RunOutput.single(str(self.root / "run"))
-        state = RunState(output.state_folder)
-        state.start(ScoringConfig(("/no/dump",), 0.25))
-        state.bind_models({"nut": model_id or self.record.model_id}, self.store.uri)
         threshold = 0.45
         scores = [score for values in labels.values() for score in values]
         names = [label for label, values in labels.items() for _ in values]
         same = {"category": ["nut"] * len(names), "threshold": [threshold] * len(names)}
         alarms = [score > threshold for score in scores]
         write_rows(output, make_output(len(names), label=names, score=scores, is_anomalous=alarms, **same))
-        if finish:
-            state.finish(RunResult())
+        finish_run(output, model_id or self.record.model_id, self.store.uri)
 
     def show(self, **options: Any) -> int:
         categories = Names([] if "threshold" in options else ["nut"])
@@ -119,7 +114,9 @@ def test_recall_needs_labels_of_more_than_alarms(store: Store, caplog: pytest.Lo
     store.score({"good": [0.5, 0.1]})
     assert store.show(**labelled) == 3
     assert "no image of nut has the label of a defect" in caplog.text
-    store.score({"good": [0.1], "dent": [0.9]}, finish=False)
+    state = RunState(f"{store.root}/run")
+    state.start(ScoringConfig((), 0.25))
+    state.bind_models({"nut": store.record.model_id}, store.store.uri)
     assert store.show(**labelled) == 3
     assert "no record of a finished run; run the score job first" in caplog.text
 

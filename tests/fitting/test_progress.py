@@ -4,12 +4,12 @@ import pytest
 
 from stpm.fitting.progress import FitProgress
 from stpm.fitting.task import Epoch, FitResult, FitTask
-from tests.conftest import TINY, Clock
-from tests.evaluation.runs import result, without_student
+from tests.conftest import MODELS, TINY, Clock
+from tests.evaluation.runs import result
 
 TASK = FitTask("nut", tuple((str(i), 1) for i in range(10)), dataclasses.replace(TINY, epochs=100), "s", "d")
 OTHER = dataclasses.replace(TASK, category="screw")
-MEMORY_MODEL = without_student(result("nut", 0, None, None)).model
+MEMORY_MODEL = result("nut", 0, None, None, MODELS["memory"]).model
 
 
 def follow(*, terminal: bool, seconds_per_epoch: float, epochs: int = 100) -> list[str]:

@@ -108,16 +108,8 @@ def test_a_night_expects_the_false_alarms_of_a_decided_threshold(nights: Nights)
     assert reasons(nights.add(0)) == ("fine", [])
 
 
-def test_a_night_without_images_is_compared_with_earlier_ones(nights: Nights) -> None:
+def test_a_night_with_a_problem_is_counted_and_not_judged_and_one_without_images_is(nights: Nights) -> None:
     assert nights.add(0).categories == {}
-    for _ in range(7):
-        nights.add(300)
-    night = nights.add(0)
-    assert reasons(night) == ("act", ["images"])
-    assert (night.categories["nut"].images, night.categories["nut"].model_id) == (0, nights.model_id)
-
-
-def test_a_night_with_a_problem_is_counted_and_not_judged(nights: Nights) -> None:
     nights.add(300)
     night = nights.add(10, problem="storage is down")
     assert (night.total.images, reasons(night)) == (10, ("not judged", []))
@@ -125,7 +117,9 @@ def test_a_night_with_a_problem_is_counted_and_not_judged(nights: Nights) -> Non
     # Neither are its images, which are perhaps not all, compared with those of later nights.
     for _ in range(7):
         nights.add(300)
-    assert reasons(nights.add(0)) == ("act", ["images"])
+    night = nights.add(0)
+    assert reasons(night) == ("act", ["images"])
+    assert (night.categories["nut"].images, night.categories["nut"].model_id) == (0, nights.model_id)
 
 
 def test_images_that_no_model_scores_are_a_reason_to_act(nights: Nights) -> None:

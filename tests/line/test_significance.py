@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stpm.line.significance import Rate, compare_nights, compare_samples, exceedances
+from stpm.line.significance import Rate, compare_nights, exceedances
 
 NIGHTS = 1000
 
@@ -14,11 +14,6 @@ NIGHTS = 1000
 def most(rate: float) -> float:
     """Return the number of rejections among NIGHTS that a test at this rate exceeds once in a thousand times."""
     return float(stats.binom.ppf(0.999, NIGHTS, rate))
-
-
-def test_samples_without_any_spread_can_be_compared() -> None:
-    assert compare_samples(np.ones(9), np.ones(30)) == (0.0, 1.0)
-    assert compare_samples(np.ones(9), np.zeros(30))[0] == 1.0
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.data())

@@ -179,15 +179,11 @@ def test_scores_that_moved_are_named(line: Line) -> None:
     ("statistic", "factor", "text"),
     [
         ("brightness", 1.11, "the images are 11 % brighter than in training: has the lamp or the exposure changed?"),
-        ("brightness", 0.9, "the images are 10 % darker than in training"),
+        ("brightness", 0.9, "the images are 9.6 % darker than in training"),
         ("brightness", 1e9, "the images are more than 1000 % brighter than in training"),
-        (
-            "sharpness",
-            0.6,
-            "their sharpness is 40 % lower than in training: has the focus changed, or is the lens dirty?",
-        ),
+        ("sharpness", 0.6, "their sharpness is 40 % lower than in training: has the focus changed, or is the lens"),
         ("position_x", 0.9, "the content lies 5.0 % of the width further left than in training: was the camera"),
-        ("position_y", 1.1, "the content lies 4.5 % of the height further down than in training"),
+        ("position_y", 1.1, "the content lies 5.0 % of the height further down than in training"),
         ("red_to_green", 1.08, "the images are 8.0 % redder than in training: has the lamp or the white balance"),
         ("width", 2.0, "the images are 100 % wider than in training: has the camera's resolution changed?"),
     ],
@@ -196,17 +192,7 @@ def test_a_change_of_the_images_is_said_in_words(line: Line, statistic: str, fac
     found = verdict([*line.nights(3), changed(line.night(3), **{statistic: factor})], line.reference)
     assert found.level == "act"
     (reason,) = found.reasons
-    # Medians of samples: the second digit may differ.
-    expected, number = mask_number(text)
-    said, found_number = mask_number(reason)
-    assert said.startswith(expected)
-    assert found_number == pytest.approx(number, rel=0.15)
-
-
-def mask_number(text: str) -> tuple[str, float]:
-    """Take the first number out of a text."""
-    word = next(word for word in text.split() if word.replace(".", "").isdigit())
-    return text.replace(word, "#", 1), float(word)
+    assert reason.startswith(text)
 
 
 def test_the_largest_change_comes_first_and_causes_before_consequences(line: Line) -> None:
