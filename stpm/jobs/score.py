@@ -11,8 +11,6 @@ from stpm.data.spreadsheets import write_tables
 from stpm.errors import with_remedy
 from stpm.exit_codes import ALL_DONE, NOTHING_DONE, SOME_FAILED
 from stpm.lease import hold_lease
-from stpm.method.calibration import warn_about_few_good_images
-from stpm.models.store import ModelStore
 from stpm.options import ClusterOptions
 from stpm.scoring.inputs.category_rule import CategoryRule
 from stpm.scoring.inputs.sources import image_rows
@@ -20,7 +18,6 @@ from stpm.scoring.options import CollectionOptions, OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import row_reader
 from stpm.scoring.run import run_scoring
-from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.run_statistics import RunResult, too_many_errors
 from stpm.scoring.scorer_pool import describe_plan
 from stpm.scoring.scoring_run import ScoringRun
@@ -48,33 +45,17 @@ def run_score(
             return ALL_DONE
         with hold_lease(folder, collection.wait) as fence:
             rule = CategoryRule(collection.category, collection.category_from)
-            run = ScoringRun(
-                rows=partial(image_rows, sources, rule, collection.allow),
-                config=ScoringConfig(
-                    images=sources,
-                    false_alarm_rate=scoring.false_alarm_rate,
-                    region_rate=scoring.region_rate,
-                    output=output,
-                    category=collection.category,
-                    category_from=collection.category_from,
-                    allow=tuple(collection.allow),
-                ),
-                store=ModelStore(collection.models),
-                options=scoring,
-                output=RunOutput.single(folder, fence),
-                triage_images=collection.top,
-                cluster=cluster,
-                coco=collection.coco,
-            )
+            rows = partial(image_rows, sources, rule, collection.allow)
+            written = RunOutput.single(folder, fence)
+            run = ScoringRun.of_collection(collection, sources, rows, output, scoring, cluster, written)
             with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
                 result, models = run_scoring(run, start_over=collection.fresh)
             if not result.unfinished:
-                write_tables(folder, {"rows": row_reader(run.output)}, collection.export)
+                write_tables(folder, {"rows": row_reader(written)}, collection.export)
     if result.unfinished:
         return SOME_FAILED
-    counts = {name: (each.good_count, each.fit.calibration_count) for name, each in models.items() if not each.decision}
-    warn_about_few_good_images(counts, scoring.false_alarm_rate)
-    _log_result(result, run.output)
+    run.warn_about_few_good_images(models)
+    _log_result(result, written)
     if result.rows and result.error_count == result.rows:
         return NOTHING_DONE
     if reason := too_many_errors(result.error_count, result.rows, collection.max_error_rate):

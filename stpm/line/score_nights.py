@@ -34,7 +34,6 @@ from stpm.lease import Fence
 from stpm.line.night import Night
 from stpm.line.night_folder import NightFolder
 from stpm.line.options import MonitoringOptions, NightlyOptions
-from stpm.method.calibration import warn_about_few_good_images
 from stpm.models.store import ModelStore
 from stpm.names import as_utf8
 from stpm.options import ClusterOptions
@@ -45,7 +44,6 @@ from stpm.scoring.options import OutputOptions, ScoreOptions
 from stpm.scoring.output import RunOutput
 from stpm.scoring.resume import read_models
 from stpm.scoring.run import run_scoring
-from stpm.scoring.run_state import ScoringConfig
 from stpm.scoring.scoring_run import ScoringRun
 from stpm.times import duration
 
@@ -100,9 +98,7 @@ def score_nights(job: NightlyJob, dates: Sequence[datetime.date]) -> dict[dateti
                         connection.enter_context(connected())
                         log.info(f"{date}, run {run.output.name}: scoring into {folder.uri}")
                         _, models = run_scoring(run)
-                        by_rate = {name: each for name, each in models.items() if not each.decision}
-                        counts = {name: (each.good_count, each.fit.calibration_count) for name, each in by_rate.items()}
-                        warn_about_few_good_images(counts, job.scoring.false_alarm_rate)
+                        run.warn_about_few_good_images(models)
             except (ConfigError, RunInterruptedError, DataError, ModelError, OSError) as error:
                 problems[date] = problem = as_utf8(str(error))
                 log.error(f"{date}: {problem}")
@@ -160,24 +156,8 @@ def _runs_to_score(job: NightlyJob, folder: NightFolder) -> Iterator[ScoringRun]
 def _scoring_run(
     job: NightlyJob, folder: NightFolder, output: RunOutput, rows: Callable[[], Iterable[pa.Table]]
 ) -> ScoringRun:
-    return ScoringRun(
-        rows=rows,
-        config=ScoringConfig(
-            images=job.sources(folder.date),
-            false_alarm_rate=job.scoring.false_alarm_rate,
-            region_rate=job.scoring.region_rate,
-            output=job.output,
-            category=job.options.category,
-            category_from=job.options.category_from,
-            allow=tuple(job.options.allow),
-        ),
-        store=job.store,
-        options=job.scoring,
-        output=replace(output, fence=job.fence),
-        triage_images=job.options.top,
-        cluster=job.cluster,
-        coco=job.options.coco,
-    )
+    images, fenced = job.sources(folder.date), replace(output, fence=job.fence)
+    return ScoringRun.of_collection(job.options, images, rows, job.output, job.scoring, job.cluster, fenced)
 
 
 def _new_images(job: NightlyJob, folder: NightFolder, run: RunOutput | None = None) -> Iterator[pa.Table]:
