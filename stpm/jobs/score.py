@@ -50,7 +50,7 @@ def run_score(
             run = ScoringRun.of_collection(collection, sources, rows, output, scoring, cluster, written)
             with with_remedy("give another --out, or --fresh, which removes the rows and starts over"):
                 result, models = run_scoring(run, start_over=collection.fresh)
-            if not result.unfinished:
+            if collection.export != "none" and not result.unfinished:
                 write_tables(folder, {"rows": row_reader(written)}, collection.export)
     if result.unfinished:
         return SOME_FAILED
