@@ -254,7 +254,7 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
         if error.errno in storage.FULL_DISK:
             raise
         raise ConfigError(
-            f"{folder}: cannot be written to: {error}; check the disk, and what the credentials allow"
+            f"{folder}: cannot be written to: {error}; check the disk, and what the credentials allow; an outage passes"
         ) from error
     ended = threading.Event()
     threads = [threading.Thread(target=target, args=(lease, ended), daemon=True) for target in (_renew, _watch)]
