@@ -14,8 +14,8 @@ from stpm.options import Integers, Size
 
 T = TypeVar("T")
 
-# Of an integer of 64 bits.
-_MAX_DIGITS = 18
+# Of an integer of 64 bits, with its sign.
+_MAX_DIGITS = 20
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> bytes:

@@ -87,7 +87,7 @@ def test_other_bytes_are_an_error_in_one_line(content: bytes) -> None:
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1" + "0" * 400, '{"\\udc80": 1}', '"\\ud800"'])
 def test_what_could_not_be_written_again_is_refused(text: str) -> None:
-    assert parse_json(b'["\\ud83d\\ude00", 123456789012345678]') == ["\U0001f600", 123456789012345678]
+    assert parse_json(b'["\\ud83d\\ude00", 12345678901234567890]') == ["\U0001f600", 12345678901234567890]
     with pytest.raises(ValueError, match=r"^.+$"):
         parse_json(f"[{text}]".encode())
 
