@@ -245,6 +245,7 @@ def hold_lease(folder: str, wait: bool) -> Iterator[Fence]:
     Raises:
         ConfigError: if the folder cannot be written to, or another process holds the lease and this one is not to
             `wait` for it.
+        OSError: if the disk is full.
         RunInterruptedError: if the lease was lost during the block.
     """
     lease = Lease(storage.absolute(folder), Holder.this_process())

@@ -70,9 +70,10 @@ def _rows(reader: pa.RecordBatchReader, as_text: Callable[[str], str]) -> Iterat
 
 
 def _cut(text: str) -> str:
-    return (
-        text.encode("utf-16-le")[: 2 * _MAX_TEXT].decode("utf-16-le", "ignore") if len(text) > _MAX_TEXT // 2 else text
-    )
+    # A character has two units at most.
+    if len(text) <= _MAX_TEXT // 2:
+        return text
+    return text.encode("utf-16-le")[: 2 * _MAX_TEXT].decode("utf-16-le", "ignore")
 
 
 def _without_formula(text: str) -> str:
