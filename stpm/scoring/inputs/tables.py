@@ -145,9 +145,10 @@ def _read_json_lines(file: TextIO) -> Iterator[dict[str, str | None]]:
             raise ValueError(f"line {number}: {error}") from error
         if type(values) is not dict:
             raise ValueError(f'line {number} is not an object such as {{"uri": "a.png"}}')
-        if any(not is_utf8(text) for pair in values.items() for text in pair if isinstance(text, str)):
+        texts = {name: _as_text(name, value, line) for name, value in values.items()}
+        if not all(text is None or is_utf8(text) for pair in texts.items() for text in pair):
             raise ValueError(f"line {number} has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-        yield {name: _as_text(name, value, line) for name, value in values.items()}
+        yield texts
 
 
 def _as_text(name: str, value: Any, line: str) -> str | None:
