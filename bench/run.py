@@ -155,7 +155,8 @@ def measure_score(bench: Bench) -> Iterator[Measured]:
         limit, limit_cpu = loop_speed(bench, models, images, CORES)
         cost, steady = bench.score(models, images)
         yield Measured(name, "images/s", steady, limit, peer, cost)
-        yield Measured(f"{name} (peer: OpenVINO)", "images/s", steady, limit, exported)
+        if exported:
+            yield Measured(f"{name} (peer: OpenVINO)", "images/s", steady, limit, exported)
         kernels = sum(in_processes(run_kernels, [(str(models), bench.category.name, bench.arithmetic)] * CORES))
         yield Measured(f"{name}: loop (limit: kernels)", "images/s", limit, kernels)
         yield Measured(
