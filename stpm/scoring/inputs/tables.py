@@ -141,7 +141,7 @@ def _read_json_lines(file: TextIO) -> Iterator[dict[str, str | None]]:
         try:
             # Numbers are kept as text: 1.50 and 12345678901234567890 would not survive parsing.
             values = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from error
         if type(values) is not dict:
             raise ValueError(f'line {number} is not an object such as {{"uri": "a.png"}}')

@@ -83,7 +83,7 @@ def parquet(**columns: Any) -> bytes:
         ("a.jsonl", b"[1]", "this table cannot be read: "),
         ("b.jsonl", b'{"uri": "a.png"}\n{"uri": ', "this table cannot be read: "),
         ("d.jsonl", b'{"uri": "a.png"}\n{"uri": "\\ud800"}', "this table .*: line 2 has half of a surrogate pair"),
-        ("c.jsonl", b"[" * 100_000, "this table cannot be read: "),
+        ("c.jsonl", b'{"uri": "a.png"}\n' + b"[" * 100_000, "this table cannot be read: line 2: "),
         ("label.parquet", parquet(uri=["a.png"], label=[{"a": 1}]), "this table cannot be read: .*cast"),
         ("u.parquet", parquet(uri=["a"], x=pa.array([b"\xe9"]).view(pa.string())), "this table cannot be read: .*UTF8"),
         ("empty.parquet", parquet(uri=pa.array([], pa.string())), "this table has no rows"),
