@@ -14,7 +14,16 @@ from torch import Tensor
 from stpm.fitting.splits import Indices
 from stpm.fitting.teacher_features import TeacherFeatures
 from stpm.fitting.turns import take_turn
-from stpm.method.memory_bank import KINDS, DescriptorSpec, MemoryBank, fit_bank, stride_of, strided_shape, window_size
+from stpm.method.memory_bank import (
+    KINDS,
+    DescriptorSpec,
+    MemoryBank,
+    fit_bank,
+    grid_positions,
+    stride_of,
+    strided_shape,
+    window_size,
+)
 from stpm.method.recipe import Recipe
 from stpm.method.views import choose_memory_levels
 
@@ -39,6 +48,7 @@ class MemoryCandidates:
         per_image = math.ceil(_MAX_CANDIDATES / len(images) / len(lamps))
         descriptors: list[list[Tensor]] = [[] for _ in self._specs]
         origins: list[list[Tensor]] = [[] for _ in self._specs]
+        positions: list[list[Tensor]] = [[] for _ in self._specs]
         for batch, lamp in itertools.product(features.batches(images), lamps) if self._specs else ():
             levels = features.brightened(batch, _factors(batch, lamp, recipe.seed)) if lamp else features(batch)
             valid = features.content_masks(batch)
@@ -47,20 +57,27 @@ class MemoryCandidates:
                 index: _choose_candidates(shape, mask, batch, per_image, recipe.seed)
                 for (index, shape), mask in zip(shapes.items(), strided_valid, strict=True)
             }
-            for spec, found, origin in zip(self._specs, descriptors, origins, strict=True):
+            for spec, found, origin, position in zip(self._specs, descriptors, origins, positions, strict=True):
                 index = spec.level_index
                 described = spec.describe(levels[index], valid[index])
                 found.append(described.flatten(0, 2)[chosen[index].to(described.device)])
-                origin.append(torch.from_numpy(batch)[chosen[index] // math.prod(shapes[index])])
+                per_image_count = math.prod(shapes[index])
+                origin.append(torch.from_numpy(batch)[chosen[index] // per_image_count])
+                position.append(grid_positions(shapes[index])[chosen[index] % per_image_count].to(described.device))
         self._descriptors = [torch.cat(found) for found in descriptors]
         self._images = [torch.cat(origin) for origin in origins]
+        first_coarse = len(features.teacher.views[0].levels)
+        self._positions = [
+            torch.cat(position) if spec.level_index >= first_coarse else None
+            for spec, position in zip(self._specs, positions, strict=True)
+        ]
 
     @cached_property
     def _fitted(self) -> list[tuple[MemoryBank, Tensor]]:
         fitted = []
-        for found, spec in zip(self._descriptors, self._specs, strict=True):
+        for found, spec, positions in zip(self._descriptors, self._specs, self._positions, strict=True):
             take_turn()
-            fitted.append(fit_bank(found, spec, self._recipe.memory, self._recipe.seed))
+            fitted.append(fit_bank(found, spec, self._recipe.memory, self._recipe.seed, positions=positions))
         return fitted
 
     @property
@@ -75,14 +92,14 @@ class MemoryCandidates:
         bench/RESULTS-quality.md shows that held-out images score as with banks that never saw them.
         """
         banks = []
-        for found, origin, spec, (_, chosen) in zip(
-            self._descriptors, self._images, self._specs, self._fitted, strict=True
+        for found, origin, positions, spec, (_, chosen) in zip(
+            self._descriptors, self._images, self._positions, self._specs, self._fitted, strict=True
         ):
             take_turn()
-            keep = ~torch.isin(origin, torch.from_numpy(images))
-            number = (keep.cumsum(0) - 1).to(chosen.device)
-            start = number[chosen[keep.to(chosen.device)[chosen]]]
-            bank, _ = fit_bank(found[keep.to(found.device)], spec, self._recipe.memory, self._recipe.seed, start)
+            keep = (~torch.isin(origin, torch.from_numpy(images))).to(found.device)
+            start = (keep.cumsum(0) - 1)[chosen[keep[chosen]]]
+            kept = None if positions is None else positions[keep]
+            bank, _ = fit_bank(found[keep], spec, self._recipe.memory, self._recipe.seed, start, kept)
             banks.append(bank)
         return tuple(banks)
 

@@ -2,7 +2,8 @@
 
 This is PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265) with two differences: each pyramid level has its own banks,
 and features are whitened by their covariance over normal images, which makes distances Mahalanobis distances (Rippel et
-al., ICPR 2020, arXiv 2005.14140). The position of a feature in the image has no effect, so that a product may turn.
+al., ICPR 2020, arXiv 2005.14140). Banks of the fine view ignore positions, so that a product may turn. Those of the
+coarse view compare them too: a feature that is normal elsewhere in the image is less so here.
 
 Convention: features are (B, C, H, W), descriptors (B, H, W, C), distance maps (B, H, W) float32, 0 or more. A mask
 `valid` is (B, H, W) bool, true at valid positions, those not on padding; None: all are valid.
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
+from stpm.method.device import send
+
 # `directions` are features scaled to length 1: brightness and contrast change only `features`.
 Kind = Literal["features", "directions"]
 KINDS: tuple[Kind, ...] = ("features", "directions")
@@ -32,6 +35,8 @@ _MIN_RIDGE = 1e-6
 _EPS = 1e-12
 # Pixels of the input from one descriptor to the next, at least.
 _MIN_DESCRIPTOR_SPACING = 8
+# A quarter of the image's longer side away is as far as a whitened descriptor usually is from the mean, √C.
+_POSITION_WEIGHT = 4.0
 # Queries per matrix product on a CPU: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
 # Distances per matrix product on a GPU, where each costs a launch, and fills 256 MiB.
@@ -84,7 +89,8 @@ class MemoryBank:
     Args:
         mean: (C,) float32, mean of normal descriptors.
         whitening: (C, C) float32; (descriptor − mean) @ whitening has about unit covariance.
-        vectors: (M, C) float32, whitened coreset; half precision represents its values exactly.
+        vectors: (M, C) float32, whitened coreset, or (M, C + 2) with weighted positions; half precision represents its
+            values exactly.
     """
 
     spec: DescriptorSpec
@@ -105,6 +111,9 @@ class MemoryBank:
         """Compute distances to the nearest vector: (B, C, H, W) to (B, ⌈H/stride⌉, ⌈W/stride⌉) float32."""
         described = self.spec.describe(features, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
+        if self.vectors.shape[1] > len(self.mean):
+            positions = send(grid_positions(described.shape[1:3]), queries.device)
+            queries = _add_positions(queries, positions.repeat(len(described), 1))
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
 
 
@@ -155,15 +164,34 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) 
     return smallest + (smallest - stride) % 2
 
 
+def grid_positions(shape: Sequence[int]) -> Tensor:
+    """Return where the H × W descriptors of an image are, row by row: (HW, 2) float32, y and x, 0 to 1.
+
+    >>> grid_positions((1, 2))
+    tensor([[0.2500, 0.2500],
+            [0.2500, 0.7500]])
+    """
+    rows, columns = ((torch.arange(side) + 0.5) / max(shape) for side in shape)
+    return torch.cartesian_prod(rows, columns)
+
+
 def fit_bank(
-    descriptors: Tensor, spec: DescriptorSpec, count: int, seed: int, start: Tensor | None = None
+    descriptors: Tensor,
+    spec: DescriptorSpec,
+    count: int,
+    seed: int,
+    start: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[MemoryBank, Tensor]:
     """Fit a bank to N normal descriptors, (N, C) float32: compute mean and whitening, and choose a coreset.
 
-    Return also the coreset's indices; `start` is as for `greedy_coreset`.
+    Return also the coreset's indices; `start` is as for `greedy_coreset`. With `positions`, (N, 2) as `grid_positions`
+    gives them, the bank compares them too.
     """
     mean, whitening = fit_whitening(descriptors)
     whitened = (descriptors - mean) @ whitening
+    if positions is not None:
+        whitened = _add_positions(whitened, positions)
     chosen = greedy_coreset(whitened, count, seed, start)
     return MemoryBank(spec, mean, whitening, whitened[chosen].half().float()), chosen
 
@@ -231,3 +259,8 @@ def nearest_distance(queries: Tensor, vectors: Tensor) -> Tensor:
         for block in torch.split(queries, size)
     ]
     return torch.cat(nearest).clamp_min(0.0).sqrt()
+
+
+def _add_positions(whitened: Tensor, positions: Tensor) -> Tensor:
+    """Append weighted positions to descriptors: (N, C) and (N, 2) to (N, C + 2)."""
+    return torch.cat([whitened, positions * (_POSITION_WEIGHT * math.sqrt(whitened.shape[1]))], dim=1)

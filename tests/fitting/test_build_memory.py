@@ -64,6 +64,19 @@ def test_memory_holds_only_training_images(images: TrainingImages, features_of: 
         assert bank.distance_map(odd[index]).min() > 20 * known.max()
 
 
+def test_what_lies_elsewhere_is_farther_in_the_coarse_view_alone(features_of: FeaturesOf) -> None:
+    recipe, everything = dataclasses.replace(MODELS["two views"], memory=100_000), np.arange(9)
+    features = features_of(recipe)
+    coarsest = [bank for bank in build_memory(features, everything, recipe) if bank.spec.window == 1]
+    first_coarse = len(features.teacher.views[0].levels)
+    assert {bank.spec.level_index >= first_coarse for bank in coarsest} == {False, True}
+    for bank in coarsest:
+        level = features(everything)[bank.spec.level_index]
+        assert bank.distance_map(level).max() < 0.05
+        moved = bank.distance_map(level.roll(1, dims=3))
+        assert moved.min() > 0.5 if bank.spec.level_index >= first_coarse else moved.max() < 0.05
+
+
 def test_memory_holds_no_padding(images: TrainingImages, features_of: FeaturesOf) -> None:
     recipe = MODELS["memory"]
     features = features_of(recipe, dataclasses.replace(images, content=PADDED))

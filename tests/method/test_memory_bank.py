@@ -16,6 +16,7 @@ from stpm.method.memory_bank import (
     fit_bank,
     fit_whitening,
     greedy_coreset,
+    grid_positions,
     nearest_distance,
     stride_of,
     strided_shape,
@@ -219,10 +220,15 @@ def test_nearest_distance_matches_brute_force(queries: int, vectors: int, channe
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("knows_position", [False, True])
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (3, 1), (4, 2)])
-def test_distance_map_matches_reference_at_each_position(kind: Kind, window: int, stride: int) -> None:
+def test_distance_map_matches_reference_at_each_position(
+    kind: Kind, window: int, stride: int, knows_position: bool
+) -> None:
     spec, seen = DescriptorSpec(0, kind, window, stride), normal(4, 6, 8, 8)
-    bank, _ = fit_bank(spec.describe(seen).flatten(0, 2), spec, 20, 0)
+    descriptors = spec.describe(seen)
+    positions = grid_positions(descriptors.shape[1:3]).repeat(4, 1) if knows_position else None
+    bank, _ = fit_bank(descriptors.flatten(0, 2), spec, 20, 0, positions=positions)
     assert torch.equal(bank.vectors, bank.vectors.half().float())
     features, valid = normal(2, 6, 6, 8, seed=1), torch.ones(2, 6, 8, dtype=torch.bool)
     valid[:, :, 4:] = False
@@ -230,5 +236,10 @@ def test_distance_map_matches_reference_at_each_position(kind: Kind, window: int
     assert (found.shape, found.dtype) == ((2, 6 // stride, 8 // stride), torch.float32)
     described, is_known = reference_description(features.double().numpy(), kind, window, stride, valid.numpy())
     whitened = (described - bank.mean.numpy()) @ bank.whitening.double().numpy()
+    if knows_position:
+        # The longer side is 8 of the level's positions; 4 √C is the weight of a position.
+        rows, columns = ((np.arange(side // stride) + 0.5) * stride / 8 for side in (6, 8))
+        places = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1) * 4 * np.sqrt(6)
+        whitened = np.concatenate([whitened, np.broadcast_to(places, (2, *places.shape))], axis=-1)
     expected = cdist(whitened[is_known], bank.vectors.double().numpy()).min(axis=1)
     np.testing.assert_allclose(found.numpy()[is_known], expected, rtol=1e-3)
