@@ -61,9 +61,9 @@ class MemoryCandidates:
                 index = spec.level_index
                 described = spec.describe(levels[index], valid[index])
                 found.append(described.flatten(0, 2)[chosen[index].to(described.device)])
-                per_image_count = math.prod(shapes[index])
-                origin.append(torch.from_numpy(batch)[chosen[index] // per_image_count])
-                position.append(grid_positions(shapes[index])[chosen[index] % per_image_count].to(described.device))
+                count = math.prod(shapes[index])
+                origin.append(torch.from_numpy(batch)[chosen[index] // count])
+                position.append(grid_positions(shapes[index])[chosen[index] % count].to(described.device))
         self._descriptors = [torch.cat(found) for found in descriptors]
         self._images = [torch.cat(origin) for origin in origins]
         first_coarse = len(features.teacher.views[0].levels)
