@@ -35,7 +35,7 @@ _MIN_RIDGE = 1e-6
 _EPS = 1e-12
 # Pixels of the input from one descriptor to the next, at least.
 _MIN_DESCRIPTOR_SPACING = 8
-# A quarter of the image's longer side away is as far as a whitened descriptor usually is from the mean, √C.
+# A quarter of the input's longer side away is as far as a whitened descriptor usually is from the mean, √C.
 _POSITION_WEIGHT = 4.0
 # Queries per matrix product on a CPU: its result, some MiB, stays in a core's cache.
 _QUERIES_PER_BLOCK = 1024
