@@ -44,6 +44,7 @@ class MemoryCandidates:
         shapes = {
             spec.level_index: strided_shape(features.shapes[spec.level_index], spec.stride) for spec in self._specs
         }
+        first_coarse = len(features.teacher.views[0].levels)
         lamps = (0.0, recipe.brightness) if recipe.brightness else (0.0,)
         per_image = math.ceil(_MAX_CANDIDATES / len(images) / len(lamps))
         descriptors: list[list[Tensor]] = [[] for _ in self._specs]
@@ -60,17 +61,15 @@ class MemoryCandidates:
             for spec, found, origin, position in zip(self._specs, descriptors, origins, positions, strict=True):
                 index = spec.level_index
                 described = spec.describe(levels[index], valid[index])
-                found.append(described.flatten(0, 2)[chosen[index].to(described.device)])
+                places = chosen[index].to(described.device)
+                found.append(described.flatten(0, 2)[places])
                 count = math.prod(shapes[index])
                 origin.append(torch.from_numpy(batch)[chosen[index] // count])
-                position.append(grid_positions(shapes[index])[chosen[index] % count].to(described.device))
+                if index >= first_coarse:
+                    position.append(grid_positions(shapes[index], places.device)[places % count])
         self._descriptors = [torch.cat(found) for found in descriptors]
         self._images = [torch.cat(origin) for origin in origins]
-        first_coarse = len(features.teacher.views[0].levels)
-        self._positions = [
-            torch.cat(position) if spec.level_index >= first_coarse else None
-            for spec, position in zip(self._specs, positions, strict=True)
-        ]
+        self._positions = [torch.cat(position) if position else None for position in positions]
 
     @cached_property
     def _fitted(self) -> list[tuple[MemoryBank, Tensor]]:

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
-from stpm.method.device import send
-
 # `directions` are features scaled to length 1: brightness and contrast change only `features`.
 Kind = Literal["features", "directions"]
 KINDS: tuple[Kind, ...] = ("features", "directions")
@@ -112,7 +110,7 @@ class MemoryBank:
         described = self.spec.describe(features, valid)
         queries = (described.flatten(0, 2) - self.mean) @ self.whitening
         if self.vectors.shape[1] > len(self.mean):
-            positions = send(grid_positions(described.shape[1:3]), queries.device)
+            positions = grid_positions(described.shape[1:3], queries.device)
             queries = _add_positions(queries, positions.repeat(len(described), 1))
         return nearest_distance(queries, self.vectors).reshape(described.shape[:3])
 
@@ -164,14 +162,14 @@ def window_size(shape: tuple[int, int], coarsest: tuple[int, int], stride: int) 
     return smallest + (smallest - stride) % 2
 
 
-def grid_positions(shape: Sequence[int]) -> Tensor:
+def grid_positions(shape: Sequence[int], device: torch.device) -> Tensor:
     """Return where the H × W descriptors of an image are, row by row: (HW, 2) float32, y and x, 0 to 1.
 
-    >>> grid_positions((1, 2))
+    >>> grid_positions((1, 2), torch.device("cpu"))
     tensor([[0.2500, 0.2500],
             [0.2500, 0.7500]])
     """
-    rows, columns = ((torch.arange(side) + 0.5) / max(shape) for side in shape)
+    rows, columns = ((torch.arange(side, device=device) + 0.5) / max(shape) for side in shape)
     return torch.cartesian_prod(rows, columns)
 
 

@@ -227,7 +227,7 @@ def test_distance_map_matches_reference_at_each_position(
 ) -> None:
     spec, seen = DescriptorSpec(0, kind, window, stride), normal(4, 6, 8, 8)
     descriptors = spec.describe(seen)
-    positions = grid_positions(descriptors.shape[1:3]).repeat(4, 1) if knows_position else None
+    positions = grid_positions(descriptors.shape[1:3], torch.device("cpu")).repeat(4, 1) if knows_position else None
     bank, _ = fit_bank(descriptors.flatten(0, 2), spec, 20, 0, positions=positions)
     assert torch.equal(bank.vectors, bank.vectors.half().float())
     features, valid = normal(2, 6, 6, 8, seed=1), torch.ones(2, 6, 8, dtype=torch.bool)
