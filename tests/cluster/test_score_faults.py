@@ -176,8 +176,23 @@ if sys.argv.pop(1) == "asleep":
 sys.argv[0] = "jobs/score.py"
 runpy.run_path("jobs/score.py", run_name="__main__")
 """
-# In the processes of a cluster: tasks do not ask for the lease, as if they had been suspended after they did.
-UNCHECKED = "from stpm import lease\nlease.check = lambda fence: None\n"
+# In the processes of a cluster: tasks do not ask for the lease, as if they had been suspended after they did. The
+# third task of the first run, or a later one, is held until the file `awake` exists: however late the driver stops,
+# one is left.
+UNCHECKED = """
+import itertools, pathlib, time
+from stpm import lease
+folder, calls = pathlib.Path(__file__).parent, itertools.count()
+def check(fence):
+    # A task asks twice: before it writes its rows, and after.
+    if next(calls) % 2:
+        (folder / f"written-{time.monotonic_ns()}").touch()
+    elif fence.number == 0 and len(list(folder.glob("written-*"))) > 1 and not (folder / "held").exists():
+        (folder / "held").touch()
+        while not (folder / "awake").exists():
+            time.sleep(0.1)
+lease.check = check
+"""
 
 
 def start_watched(client: dict[str, str], mode: str, *options: str) -> subprocess.Popen[str]:
@@ -210,6 +225,7 @@ def test_a_driver_that_was_suspended_while_another_took_over_adds_no_row(
         accepted = row_files(out, 0)
         suspended.send_signal(signal.SIGCONT)
         if mode == "asleep":
+            (tmp_path / "awake").touch()
             wait_until(lambda: bool(row_files(out, 0) - accepted), "no task of the suspended driver ran")
         assert "are scored already" in wait_for_success(second)
         error = suspended.communicate(timeout=HANGS)[1]
