@@ -235,6 +235,15 @@ def measure_fit(bench: Bench) -> Iterator[Measured]:
         _, limit = bench.fit(dataclasses.replace(recipe, teacher=DEMO_TEACHER, seed=bench.seed))
         details = cost | measure_model(bench, models) | {f"peer_{key}": value for key, value in peer.items()}
         yield Measured(preset, "s", cost["seconds"], limit, peer.get("seconds"), details)
+        steps = training_seconds(ModelStore(str(models)), bench.category.name)
+        yield Measured(f"{preset}: training steps alone", "s", steps, limit, peer.get("seconds"))
+
+
+def training_seconds(store: ModelStore, category: str) -> float:
+    """Return the seconds in which a student computed its features and gradients, and changed its weights."""
+    record = store.record(category)
+    speeds = store.history(record)["images_per_second"].to_numpy()
+    return float((record.fit.train_count / speeds).sum())
 
 
 def measure_model(bench: Bench, models: Path) -> dict[str, float | None]:

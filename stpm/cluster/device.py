@@ -23,6 +23,11 @@ _GPU_SHARE = 0.01
 _ANSWER_SECONDS = 30.0
 # Parameters of the C library's mallopt, by their numbers in malloc.h: trim threshold, mappings, arenas.
 _KEEP_FREED_MEMORY = {-1: 2**31 - 1, -4: 0, -8: 1}
+# The same as variables that the C library reads when a process starts. `mallopt` comes too late for a thread that runs
+# already: it has an arena of its own, which returns tensors of more than 64 MiB to the kernel all the same.
+KEEP_FREED_MEMORY = {
+    "env_vars": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+}
 
 
 def assigned_device() -> torch.device:

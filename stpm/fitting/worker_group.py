@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from stpm import storage
 from stpm.cluster.connection import is_shared, living_nodes, on_driver_node, working_nodes
-from stpm.cluster.device import assigned_device
+from stpm.cluster.device import KEEP_FREED_MEMORY, assigned_device
 from stpm.cluster.ray_failures import how_to_continue
 from stpm.errors import DeviceError, last_line
 from stpm.fitting.options import WorkerOptions
@@ -75,6 +75,8 @@ def run_worker_group(
             run_config=RunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
                 storage_path=path,
+                # Ray Train calls `_run_worker` in a thread of its own.
+                worker_runtime_env=KEEP_FREED_MEMORY,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=_RESTARTS_PER_TASK * len(tasks) + _EXTRA_RESTARTS),
             ),

@@ -12,7 +12,7 @@ from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.exceptions import RayError
 
 from stpm.cluster.connection import is_shared, working_nodes
-from stpm.cluster.device import examine_devices
+from stpm.cluster.device import KEEP_FREED_MEMORY, examine_devices
 from stpm.cluster.placement import nodes_for_plan
 from stpm.errors import RunInterruptedError
 from stpm.method.arithmetic import Arithmetic, choose_arithmetic, warn_of_other_arithmetic
@@ -93,6 +93,8 @@ def score_shards(
             batch_size=MAX_BATCH if pool.scorer_gpus else _WHOLE_BLOCK,
             num_cpus=pool.scorer_cpus,
             num_gpus=pool.scorer_gpus,
+            # OpenVINO frees nothing large, and Ray starts a process with variables of its own later.
+            runtime_env=KEEP_FREED_MEMORY if arithmetic.backend == "pytorch" and not pool.scorer_gpus else {},
         )
         rows = rows.map_batches(
             DrawHeatmaps(output, config.output, preprocessing, progress).__call__,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stpm import storage
+from stpm.cluster.device import KEEP_FREED_MEMORY
 from stpm.errors import HOW_TO_CONTINUE
 from tests.cluster.conftest import (
     FIT_WORKER,
@@ -72,6 +73,7 @@ def test_a_fit_with_a_killed_worker_gives_the_same_models(
     process = start_fit(data, tmp_path, 4)
     workers = children(process.pid, FIT_WORKER)
     assert workers, "the fit ended before the kill"
+    assert KEEP_FREED_MEMORY["env_vars"].items() <= workers[0].environ().items()
     random.choice(workers).kill()
     assert "3 of 3 categories are fitted" in wait_for_success(process)
     assert models(tmp_path) == undisturbed

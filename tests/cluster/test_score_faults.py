@@ -18,6 +18,7 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from stpm import storage
+from stpm.cluster.device import KEEP_FREED_MEMORY
 from stpm.scoring.output import RunOutput
 from stpm.scoring.output_rows import open_rows
 from stpm.scoring.row_summary import RowSummary
@@ -53,7 +54,7 @@ END_OF_DRIVER = {DECODER: kill_tree, SCORER: subprocess.Popen.kill}
 IMAGES = 800
 # With few rows per file and two segments, a kill finds some of them written, some half written and some not begun.
 OPTIONS = ["--category", "nut", "--rows-per-file", "32", "--segment-rows", "500"]
-OPTIONS += ["--scoring-batch-size", "4", "--max-error-rate", "1"]
+OPTIONS += ["--scoring-batch-size", "4", "--max-error-rate", "1", "--backend", "pytorch"]
 # Files that are written before a kill, at most: more are to come.
 MAX_FILES = 3
 
@@ -156,6 +157,8 @@ def test_a_second_run_is_refused_and_after_kills_each_row_is_there_once(
     wait_until(lambda: bool(children(process.pid, f"ray::{victim}")), f"no process was {victim}")
     before = count_files(out)
     if victim == SCORER:
+        scorers = children(process.pid, f"ray::{victim}")
+        assert all(KEEP_FREED_MEMORY["env_vars"].items() <= scorer.environ().items() for scorer in scorers)
         wait_until(lambda: count_files(out) != before, "no rows were written")
     kill_one(process.pid, f"ray::{victim}")
     log = wait_for_success(process)
